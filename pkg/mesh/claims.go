@@ -1,0 +1,296 @@
+package mesh
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// Conflict is a part of a record that was refused. The rest of the record counts.
+type Conflict struct {
+	Node   string `json:"node"`   // whose record
+	What   string `json:"what"`   // the refused value, as the record has it
+	Reason string `json:"reason"` // one clause, without a full stop
+}
+
+func (c Conflict) String() string { return c.Node + ": " + c.What + " refused: " + c.Reason }
+
+// Ownership is who may send and receive for which addresses.
+type Ownership struct {
+	// Prefixes of each node, by name, sorted. No prefix is in two lists.
+	Prefixes map[string][]netip.Prefix
+	// Endpoints that may be used, by node name.
+	Endpoints map[string]netip.AddrPort
+	// Refused names the nodes that get no peer at all.
+	Refused   map[string]bool
+	Conflicts []Conflict
+}
+
+// Owners decides between the claims of all nodes. The result depends only on
+// the set of nodes and the clusterCIDRs, so every node that holds the same
+// snapshot decides alike, in whatever order the records arrived:
+//
+//   - two nodes with one public key are both refused;
+//   - a claim must lie inside clusterCIDRs and may not be a default route;
+//   - an endpoint inside a claimed prefix would send the tunnel into itself:
+//     whichever of the two is older stands;
+//   - of two overlapping node prefixes the older claim stands, ties go to the
+//     lesser name;
+//   - of two equal pod claims the newer one stands. A pod claim inside
+//     another node's prefix stands: it is the more specific route.
+func Owners(nodes []Node, clusterCIDRs []netip.Prefix) Ownership {
+	nodes = slices.SortedFunc(slices.Values(nodes), func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
+	o := Ownership{
+		Prefixes:  map[string][]netip.Prefix{},
+		Endpoints: map[string]netip.AddrPort{},
+		Refused:   map[string]bool{},
+	}
+	o.refuseSharedKeys(nodes)
+	byAddr := o.endpointsByAddress(nodes)
+	for _, l := range byAddr {
+		o.Endpoints[l.node] = l.endpoint
+	}
+	held := o.settlePrefixes(nodes, clusterCIDRs, byAddr)
+	o.settlePods(nodes, clusterCIDRs, byAddr, held)
+	for name := range o.Prefixes {
+		o.Prefixes[name] = SortPrefixes(o.Prefixes[name])
+	}
+	slices.SortFunc(o.Conflicts, func(a, b Conflict) int {
+		return cmp.Or(cmp.Compare(a.Node, b.Node), cmp.Compare(a.What, b.What), cmp.Compare(a.Reason, b.Reason))
+	})
+	o.Conflicts = slices.Compact(o.Conflicts)
+	return o
+}
+
+func (o *Ownership) refuse(node string, what any, reason string, args ...any) {
+	o.Conflicts = append(o.Conflicts, Conflict{Node: node, What: fmt.Sprint(what), Reason: fmt.Sprintf(reason, args...)})
+}
+
+func (o *Ownership) refuseSharedKeys(nodes []Node) {
+	byKey := map[wgtypes.Key][]string{}
+	for _, n := range nodes {
+		if hasKey(n.PublicKey) {
+			byKey[n.PublicKey] = append(byKey[n.PublicKey], n.Name)
+		}
+	}
+	for _, n := range nodes {
+		switch names := byKey[n.PublicKey]; {
+		case !hasKey(n.PublicKey):
+			o.Refused[n.Name] = true
+		case len(names) > 1:
+			o.Refused[n.Name] = true
+			others := slices.DeleteFunc(slices.Clone(names), func(s string) bool { return s == n.Name })
+			o.refuse(n.Name, "public key "+n.PublicKey.String(), "%s has the same key; delete the private key of the copy and restart it",
+				strings.Join(others, ", "))
+		}
+	}
+}
+
+// A holding is one claim with its claimant.
+type holding struct {
+	node   string
+	prefix netip.Prefix
+	since  time.Time
+}
+
+func holdings(nodes []Node, refused map[string]bool, claims func(Node) []Claim) []holding {
+	var out []holding
+	for _, n := range nodes {
+		if refused[n.Name] {
+			continue
+		}
+		for _, c := range claims(n) {
+			out = append(out, holding{n.Name, c.Prefix.Masked(), c.Since})
+		}
+	}
+	return out
+}
+
+// permitted says whether a claim is acceptable by itself.
+func (o *Ownership) permitted(h holding, clusterCIDRs []netip.Prefix) bool {
+	switch {
+	case h.prefix.Bits() == 0:
+		o.refuse(h.node, h.prefix, "a default route may not be claimed")
+	case !anyCovers(clusterCIDRs, h.prefix):
+		o.refuse(h.node, h.prefix, "not inside clusterCIDRs")
+	default:
+		return true
+	}
+	return false
+}
+
+// settlePrefixes hands out the node prefixes, the oldest claim first.
+func (o *Ownership) settlePrefixes(nodes []Node, clusterCIDRs []netip.Prefix, byAddr []located) []holding {
+	claims := holdings(nodes, o.Refused, func(n Node) []Claim { return n.Prefixes })
+	slices.SortStableFunc(claims, func(a, b holding) int {
+		return cmp.Or(a.since.Compare(b.since), cmp.Compare(a.node, b.node), ComparePrefixes(a.prefix, b.prefix))
+	})
+	var held overlapIndex
+	var out []holding
+	for _, h := range claims {
+		if !o.permitted(h, clusterCIDRs) || !o.clearOfEndpoints(h, byAddr) {
+			continue
+		}
+		if other, found := held.overlapping(h); found {
+			o.refuse(h.node, h.prefix, "%s has held %s longer", other.node, other.prefix)
+			continue
+		}
+		held.add(h)
+		out = append(out, h)
+		o.Prefixes[h.node] = append(o.Prefixes[h.node], h.prefix)
+	}
+	return out
+}
+
+// clearOfEndpoints settles a claim against the endpoints inside it.
+func (o *Ownership) clearOfEndpoints(h holding, byAddr []located) bool {
+	first, _ := slices.BinarySearchFunc(byAddr, h.prefix.Addr(), func(l located, a netip.Addr) int { return l.endpoint.Addr().Compare(a) })
+	for _, l := range byAddr[first:] {
+		if !h.prefix.Contains(l.endpoint.Addr()) {
+			break
+		}
+		if l.node != h.node && h.since.Before(l.since) {
+			o.refuse(l.node, "endpoint "+l.endpoint.String(), "it lies inside %s, which %s has held longer", h.prefix, h.node)
+			delete(o.Endpoints, l.node)
+			continue
+		}
+		o.refuse(h.node, h.prefix, "the endpoint %s of %s lies inside it", l.endpoint, l.node)
+		return false
+	}
+	return true
+}
+
+// located is a node's endpoint, and how long the node has been a member.
+type located struct {
+	node     string
+	endpoint netip.AddrPort
+	since    time.Time
+}
+
+func (o *Ownership) endpointsByAddress(nodes []Node) []located {
+	var out []located
+	for _, n := range nodes {
+		if n.Endpoint.IsValid() && !o.Refused[n.Name] {
+			out = append(out, located{n.Name, n.Endpoint, n.Since})
+		}
+	}
+	slices.SortStableFunc(out, func(a, b located) int { return a.endpoint.Compare(b.endpoint) })
+	return out
+}
+
+// settlePods hands out single pods, the newest claim first.
+func (o *Ownership) settlePods(nodes []Node, clusterCIDRs []netip.Prefix, byAddr []located, held []holding) {
+	owner := map[netip.Prefix]string{}
+	for _, h := range held {
+		owner[h.prefix] = h.node
+	}
+	claims := holdings(nodes, o.Refused, func(n Node) []Claim { return n.Pods })
+	slices.SortStableFunc(claims, func(a, b holding) int {
+		return cmp.Or(b.since.Compare(a.since), cmp.Compare(a.node, b.node), ComparePrefixes(a.prefix, b.prefix))
+	})
+	for _, h := range claims {
+		if !o.permitted(h, clusterCIDRs) || !o.clearOfEndpoints(h, byAddr) {
+			continue
+		}
+		if other, taken := owner[h.prefix]; taken {
+			if other != h.node {
+				o.refuse(h.node, h.prefix, "%s has the newer claim", other)
+			}
+			continue
+		}
+		owner[h.prefix] = h.node
+		o.Prefixes[h.node] = append(o.Prefixes[h.node], h.prefix)
+	}
+}
+
+// overlapIndex finds a prefix that another node holds and that overlaps a given
+// one, in time that grows with the length of an address, not with the mesh.
+type overlapIndex struct {
+	exact map[netip.Prefix]holding
+	// above has, for every shorter prefix that contains a held one, the held
+	// ones of up to two different nodes: enough to name one that is not mine.
+	above map[netip.Prefix][]holding
+}
+
+func (x *overlapIndex) add(h holding) {
+	if x.exact == nil {
+		x.exact, x.above = map[netip.Prefix]holding{}, map[netip.Prefix][]holding{}
+	}
+	x.exact[h.prefix] = h
+	for bits := h.prefix.Bits() - 1; bits >= 0; bits-- {
+		p := netip.PrefixFrom(h.prefix.Addr(), bits).Masked()
+		known := x.above[p]
+		if len(known) == 2 || len(known) == 1 && known[0].node == h.node {
+			break // then all shorter ones know as much
+		}
+		x.above[p] = append(known, h)
+	}
+}
+
+// overlapping returns a held prefix of a node other than the claimant that overlaps its claim.
+func (x *overlapIndex) overlapping(claim holding) (holding, bool) {
+	for _, h := range x.above[claim.prefix] {
+		if h.node != claim.node {
+			return h, true
+		}
+	}
+	for bits := claim.prefix.Bits(); bits >= 0; bits-- {
+		h, ok := x.exact[netip.PrefixFrom(claim.prefix.Addr(), bits).Masked()]
+		if ok && h.node != claim.node {
+			return h, true
+		}
+	}
+	return holding{}, false
+}
+
+// Announce returns the claims that a node publishes: its own prefixes, and the
+// fewest prefixes that cover exactly its pods outside of them. Claims that it
+// held before keep their time; new ones begin at now.
+func Announce(prefixes, clusterCIDRs []netip.Prefix, pods []netip.Addr, before Node, now time.Time) (own, single []Claim) {
+	for _, p := range unsortedUnique(prefixes) {
+		if anyCovers(clusterCIDRs, p) {
+			own = append(own, keepTime(before.Prefixes, p, now))
+		}
+	}
+	for _, p := range Merge(hostPrefixes(outside(pods, claimPrefixes(own), clusterCIDRs))) {
+		single = append(single, keepTime(before.Pods, p, now))
+	}
+	return own, single
+}
+
+func keepTime(before []Claim, p netip.Prefix, now time.Time) Claim {
+	for _, c := range before {
+		if c.Prefix == p {
+			return c
+		}
+	}
+	return Claim{Prefix: p, Since: now}
+}
+
+// outside returns the pods that are in the cluster but in none of the node's prefixes.
+func outside(pods []netip.Addr, prefixes, clusterCIDRs []netip.Prefix) []netip.Addr {
+	var out []netip.Addr
+	for _, a := range pods {
+		if anyContains(clusterCIDRs, a) && !anyContains(prefixes, a) {
+			out = append(out, a)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
+// unsortedUnique masks, and drops repetitions; the first prefix of each family stays first.
+func unsortedUnique(in []netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range in {
+		if p = p.Masked(); !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
+}

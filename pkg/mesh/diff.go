@@ -1,0 +1,231 @@
+package mesh
+
+import (
+	"net/netip"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// HandshakeFresh is how long after a handshake a session may still carry
+// packets (REJECT_AFTER_TIME, WireGuard paper, section 6.1). Within it, the
+// peer itself tells where it is, and better than its record does.
+const HandshakeFresh = 180 * time.Second
+
+// Context is what Diff needs besides the two states.
+type Context struct {
+	Now time.Time
+	// Moved are the peers whose recorded endpoint has just changed: it is set
+	// even where a handshake is fresh.
+	Moved map[wgtypes.Key]bool
+}
+
+// Diff returns the operations that turn the observed state into the planned one.
+//
+// The order carries the promises. What keeps plaintext from leaving comes
+// first and goes last. On the way in: peer, allowed IPs, route, rule; on the
+// way out: rule, route, allowed IPs, peer. An allowed IP that moves to another
+// peer is only added there, and the kernel moves it; so at no moment is it
+// nobody's. After any number of the ops Diff may be asked again, and converges.
+func Diff(observed, planned State, c Context) []Op {
+	d := differ{observed: observed, planned: planned, Context: c}
+	d.addFilter()
+	d.addLink()
+	d.addRoutes(func(r Route) bool { return r.Type != ViaLink })
+	d.setPeers(false)
+	d.addRoutes(func(r Route) bool { return r.Type == ViaLink })
+	d.addRules()
+
+	d.removeRules()
+	d.removeRoutes()
+	d.setPeers(true)
+	d.removePeers()
+	d.removeLink()
+	d.removeFilter()
+	return d.ops
+}
+
+type differ struct {
+	observed, planned State
+	Context
+	ops []Op
+}
+
+func (d *differ) add(o Op) { d.ops = append(d.ops, o) }
+
+func (d *differ) addFilter() {
+	have, want := d.observed.Filter, d.planned.Filter
+	switch {
+	case !want.present():
+		return
+	case have.Broken || have.Interface != want.Interface:
+		d.add(ReplaceFilter{want})
+		return
+	case !have.sameSets(want):
+		d.add(SetFilter{want})
+	}
+	add, remove := difference(want.Pods, have.Pods), difference(have.Pods, want.Pods)
+	if len(add)+len(remove) > 0 {
+		d.add(SetFilterPods{Add: add, Remove: remove})
+	}
+}
+
+func (d *differ) removeFilter() {
+	if d.observed.Filter.present() && !d.planned.Filter.present() {
+		d.add(RemoveFilter{})
+	}
+}
+
+// linkStays reports whether the observed interface is the planned one.
+func (d *differ) linkStays() bool { return d.observed.Link.Name == d.planned.Link.Name }
+
+func (d *differ) addLink() {
+	have, want := d.observed.Link, d.planned.Link
+	if want.Name == "" {
+		return
+	}
+	if !d.linkStays() {
+		d.add(AddLink{Name: want.Name, MTU: want.MTU})
+		have = Link{Name: want.Name, MTU: want.MTU}
+	}
+	if have.PublicKey != want.PublicKey || have.ListenPort != want.ListenPort || have.FwMark != want.FwMark {
+		d.add(ConfigureLink{want})
+	}
+	addrs := d.observed.Addresses
+	if !d.linkStays() {
+		addrs = nil
+	}
+	if have.MTU != want.MTU || !have.Up {
+		d.add(SetLink{Name: want.Name, MTU: want.MTU})
+	}
+	for _, p := range difference(d.planned.Addresses, addrs) {
+		d.add(AddAddress{Link: want.Name, Prefix: p})
+	}
+	for _, p := range difference(addrs, d.planned.Addresses) {
+		d.add(RemoveAddress{Link: want.Name, Prefix: p})
+	}
+}
+
+func (d *differ) removeLink() {
+	if d.observed.Link.Name != "" && !d.linkStays() {
+		d.add(RemoveLink{d.observed.Link.Name})
+	}
+}
+
+type routeKey struct {
+	prefix        netip.Prefix
+	table, metric int
+}
+
+func (r Route) key() routeKey { return routeKey{r.Prefix, r.Table, r.Metric} }
+
+func routesByKey(routes []Route) map[routeKey]Route {
+	m := make(map[routeKey]Route, len(routes))
+	for _, r := range routes {
+		m[r.key()] = r
+	}
+	return m
+}
+
+func (d *differ) addRoutes(wanted func(Route) bool) {
+	have := routesByKey(d.observed.Routes)
+	for _, r := range d.planned.Routes {
+		if !wanted(r) {
+			continue
+		}
+		h, ok := have[r.key()]
+		if !ok || h != r || r.Type == ViaLink && !d.linkStays() {
+			d.add(SetRoute{Link: d.planned.Link.Name, Route: r})
+		}
+	}
+}
+
+func (d *differ) removeRoutes() {
+	want := routesByKey(d.planned.Routes)
+	for _, last := range []bool{false, true} { // the guard routes go last
+		for _, r := range d.observed.Routes {
+			if _, ok := want[r.key()]; !ok && (r.Type == Unreachable) == last {
+				d.add(RemoveRoute{r})
+			}
+		}
+	}
+}
+
+func (d *differ) addRules() {
+	for _, r := range difference(d.planned.Rules, d.observed.Rules) {
+		d.add(AddRule{r})
+	}
+}
+
+func (d *differ) removeRules() {
+	for _, r := range difference(d.observed.Rules, d.planned.Rules) {
+		d.add(RemoveRule{r})
+	}
+}
+
+// setPeers adds (or, in the later half, removes) allowed IPs, with all else that a peer needs.
+func (d *differ) setPeers(removing bool) {
+	have := map[wgtypes.Key]Peer{}
+	if d.linkStays() {
+		for _, p := range d.observed.Peers {
+			have[p.PublicKey] = p
+		}
+	}
+	taken := map[netip.Prefix]bool{}
+	if removing {
+		for _, p := range d.planned.Peers {
+			for _, ip := range p.AllowedIPs {
+				taken[ip] = true
+			}
+		}
+	}
+	for _, want := range d.planned.Peers {
+		h, known := have[want.PublicKey]
+		o := SetPeer{Link: d.planned.Link.Name, PublicKey: want.PublicKey, Name: want.Name}
+		if removing {
+			for _, ip := range difference(h.AllowedIPs, want.AllowedIPs) {
+				if !taken[ip] {
+					o.Remove = append(o.Remove, ip)
+				}
+			}
+			if len(o.Remove) > 0 {
+				d.add(o)
+			}
+			continue
+		}
+		o.Add = difference(want.AllowedIPs, h.AllowedIPs)
+		if d.endpointDiffers(h, want) {
+			o.Endpoint = want.Endpoint
+		}
+		if h.Keepalive != want.Keepalive {
+			o.Keepalive = &want.Keepalive
+		}
+		if !known || o.Endpoint.IsValid() || o.Keepalive != nil || len(o.Add) > 0 {
+			d.add(o)
+		}
+	}
+}
+
+// endpointDiffers leaves a peer alone that has roamed and talks to us.
+func (d *differ) endpointDiffers(have, want Peer) bool {
+	if !want.Endpoint.IsValid() || have.Endpoint == want.Endpoint {
+		return false
+	}
+	fresh := !have.LastHandshake.IsZero() && d.Now.Sub(have.LastHandshake) < HandshakeFresh
+	return !fresh || d.Moved[want.PublicKey]
+}
+
+func (d *differ) removePeers() {
+	if !d.linkStays() || d.planned.Link.Name == "" {
+		return // they go with the interface
+	}
+	want := map[wgtypes.Key]bool{}
+	for _, p := range d.planned.Peers {
+		want[p.PublicKey] = true
+	}
+	for _, p := range d.observed.Peers {
+		if !want[p.PublicKey] {
+			d.add(RemovePeer{Link: d.planned.Link.Name, PublicKey: p.PublicKey})
+		}
+	}
+}

@@ -1,0 +1,143 @@
+package mesh
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// Encryption says what becomes of cluster traffic that cannot be encrypted.
+type Encryption int
+
+const (
+	// Required drops it, in both directions.
+	Required Encryption = iota
+	// Preferred lets it pass in the clear while its node has not joined the
+	// mesh. It is meant for roll-outs.
+	Preferred
+)
+
+// String returns the word that the configuration uses.
+func (e Encryption) String() string {
+	if e == Preferred {
+		return "preferred"
+	}
+	return "required"
+}
+
+// UnmarshalText parses "required" or "preferred".
+func (e *Encryption) UnmarshalText(text []byte) error {
+	switch string(text) {
+	case "required":
+		*e = Required
+	case "preferred":
+		*e = Preferred
+	default:
+		return fmt.Errorf(`%q is neither "required" nor "preferred"`, text)
+	}
+	return nil
+}
+
+// MarshalText is the inverse of UnmarshalText.
+func (e Encryption) MarshalText() ([]byte, error) { return []byte(e.String()), nil }
+
+// Settings are the parts of a node's configuration that shape its data plane.
+type Settings struct {
+	// ClusterCIDRs bound everything: no address outside them is ever routed,
+	// allowed or announced. Masked, at least one, both families welcome.
+	ClusterCIDRs []netip.Prefix
+	Encryption   Encryption
+
+	Interface  string // name of the WireGuard interface
+	ListenPort int    // UDP, 1 to 65535
+	MTU        int    // of the interface and of the pods' links, in bytes
+
+	FwMark       uint32 // exactly one bit; value and mask at once
+	Table        int    // routing table that is ours
+	RulePriority int    // of the rule that leads there
+
+	Keepalive time.Duration // of every peer; 0 is off
+}
+
+// A Claim is a prefix that a node says is behind it.
+type Claim struct {
+	Prefix netip.Prefix `json:"prefix"`
+	// Since is when the node began to hold the prefix. Between two nodes that
+	// claim the same one it decides, see Owners.
+	Since time.Time `json:"since"`
+}
+
+// Node is one machine of the mesh, as its record describes it.
+type Node struct {
+	Name      string      `json:"name"`
+	PublicKey wgtypes.Key `json:"publicKey"`
+	// Endpoint is where its WireGuard listens; the zero value when it is not
+	// known or could not be resolved.
+	Endpoint netip.AddrPort `json:"endpoint"`
+	// Prefixes are the node's own pod ranges. Of two nodes that claim the same
+	// addresses the one that has held them longer keeps them.
+	Prefixes []Claim `json:"prefixes,omitempty"`
+	// Pods cover single pods outside of Prefixes. Of two nodes that claim the
+	// same one the newer claim wins, since pods move.
+	Pods []Claim `json:"pods,omitempty"`
+	// Addresses are the machine's own: never pods.
+	Addresses []netip.Addr `json:"addresses,omitempty"`
+	// Since is when the node joined the mesh.
+	Since time.Time `json:"since"`
+}
+
+// TunnelAddresses are the node's addresses inside the tunnel, at most one a
+// family: the network address of its first prefix, which no IPAM hands out
+// and every peer already allows.
+func (n Node) TunnelAddresses() []netip.Addr {
+	var v4, v6 netip.Addr
+	for _, c := range n.Prefixes {
+		a := c.Prefix.Masked().Addr()
+		switch {
+		case a.Is4() && !v4.IsValid():
+			v4 = a
+		case a.Is6() && !v6.IsValid():
+			v6 = a
+		}
+	}
+	var out []netip.Addr
+	for _, a := range []netip.Addr{v4, v6} {
+		if a.IsValid() {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// Facts are everything a plan depends on.
+type Facts struct {
+	Settings
+
+	// Self is this node. While its PublicKey is zero the node has no key yet:
+	// the plan then holds all that keeps plaintext from leaving, and no tunnel.
+	Self Node
+	// Nodes are all known machines; Self may be among them, by name.
+	Nodes []Node
+	// LocalPods are the addresses of the pods attached to this node, in any order.
+	LocalPods []netip.Addr
+}
+
+// hasKey reports whether k is set.
+func hasKey(k wgtypes.Key) bool { return k != wgtypes.Key{} }
+
+// TunnelMTU is the largest packet, in bytes, that fits into one underlay packet
+// once WireGuard has wrapped it: the underlay's MTU less 60 when every endpoint
+// is IPv4, less 80 otherwise (outer header 20 or 40, UDP 8, WireGuard 32; see
+// "Protocol" on wireguard.com). It never goes below 1280, the least that
+// IPv6 allows.
+func TunnelMTU(underlay int, endpoints []netip.AddrPort) int {
+	overhead := 60
+	for _, e := range endpoints {
+		if e.Addr().IsValid() && !e.Addr().Unmap().Is4() {
+			overhead = 80
+		}
+	}
+	return max(underlay-overhead, 1280)
+}

@@ -1,0 +1,228 @@
+package mesh
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// Op is one small, idempotent change to a kernel. Its text reads like the
+// command that would do the same, and never holds a secret.
+type Op interface {
+	fmt.Stringer
+	op()
+}
+
+// The operations, in the order in which Diff uses them to add.
+type (
+	// ReplaceFilter makes the nftables table anew, in one transaction.
+	ReplaceFilter struct{ Filter Filter }
+	// SetFilter refills all sets of the table but Pods, in one transaction.
+	SetFilter struct{ Filter Filter }
+	// SetFilterPods adds and removes elements of the table's sets of pods.
+	SetFilterPods struct{ Add, Remove []netip.Addr }
+	// AddLink makes the WireGuard interface.
+	AddLink struct {
+		Name string
+		MTU  int
+	}
+	// ConfigureLink sets key, port and mark of the WireGuard interface.
+	ConfigureLink struct{ Link Link }
+	// SetLink sets the MTU and takes the interface up.
+	SetLink struct {
+		Name string
+		MTU  int
+	}
+	// AddAddress gives the interface an address.
+	AddAddress struct {
+		Link   string
+		Prefix netip.Prefix
+	}
+	// SetRoute adds a route, or puts it in the place of one with the same key.
+	SetRoute struct {
+		Link  string
+		Route Route
+	}
+	// SetPeer adds a peer or changes it. Remove lists allowed IPs that no other
+	// peer takes; one that moves is only ever added, to its new peer.
+	SetPeer struct {
+		Link      string
+		PublicKey wgtypes.Key
+		Name      string
+		Endpoint  netip.AddrPort // zero: leave
+		Keepalive *time.Duration // nil: leave
+		Add       []netip.Prefix
+		Remove    []netip.Prefix
+	}
+	// AddRule adds a policy rule.
+	AddRule struct{ Rule Rule }
+
+	// RemoveRule removes a policy rule.
+	RemoveRule struct{ Rule Rule }
+	// RemoveRoute removes a route.
+	RemoveRoute struct{ Route Route }
+	// RemovePeer removes a peer with all that is allowed to it.
+	RemovePeer struct {
+		Link      string
+		PublicKey wgtypes.Key
+	}
+	// RemoveAddress takes an address from the interface.
+	RemoveAddress struct {
+		Link   string
+		Prefix netip.Prefix
+	}
+	// RemoveLink removes the WireGuard interface.
+	RemoveLink struct{ Name string }
+	// RemoveFilter removes the nftables table.
+	RemoveFilter struct{}
+)
+
+func (ReplaceFilter) op() {}
+func (SetFilter) op()     {}
+func (SetFilterPods) op() {}
+func (AddLink) op()       {}
+func (ConfigureLink) op() {}
+func (SetLink) op()       {}
+func (AddAddress) op()    {}
+func (SetRoute) op()      {}
+func (SetPeer) op()       {}
+func (AddRule) op()       {}
+func (RemoveRule) op()    {}
+func (RemoveRoute) op()   {}
+func (RemovePeer) op()    {}
+func (RemoveAddress) op() {}
+func (RemoveLink) op()    {}
+func (RemoveFilter) op()  {}
+
+func (o ReplaceFilter) String() string { return "nft replace table: " + o.Filter.sets() }
+func (o SetFilter) String() string     { return "nft set: " + o.Filter.sets() }
+func (o SetFilterPods) String() string {
+	s := "nft set pods:"
+	for _, a := range o.Add {
+		s += " +" + a.String()
+	}
+	for _, a := range o.Remove {
+		s += " -" + a.String()
+	}
+	return s
+}
+func (o AddLink) String() string {
+	return fmt.Sprintf("ip link add %s mtu %d type wireguard", o.Name, o.MTU)
+}
+
+func (o ConfigureLink) String() string {
+	return fmt.Sprintf("wg set %s private-key (hidden) listen-port %d fwmark %#x", o.Link.Name, o.Link.ListenPort, o.Link.FwMark)
+}
+func (o SetLink) String() string    { return fmt.Sprintf("ip link set %s mtu %d up", o.Name, o.MTU) }
+func (o AddAddress) String() string { return fmt.Sprintf("ip address add %s dev %s", o.Prefix, o.Link) }
+func (o SetRoute) String() string {
+	if o.Route.Type != ViaLink {
+		return "ip route replace " + o.Route.String()
+	}
+	prefix, rest, _ := strings.Cut(o.Route.String(), " ")
+	return fmt.Sprintf("ip route replace %s dev %s %s", prefix, o.Link, rest)
+}
+
+func (o SetPeer) String() string {
+	s := fmt.Sprintf("wg set %s peer %s", o.Link, o.PublicKey)
+	if o.Name != "" {
+		s += " (" + o.Name + ")"
+	}
+	if o.Endpoint.IsValid() {
+		s += " endpoint " + o.Endpoint.String()
+	}
+	if o.Keepalive != nil {
+		s += " persistent-keepalive " + o.Keepalive.String()
+	}
+	var ips []string
+	for _, p := range o.Add {
+		ips = append(ips, "+"+p.String())
+	}
+	for _, p := range o.Remove {
+		ips = append(ips, "-"+p.String())
+	}
+	if len(ips) > 0 {
+		s += " allowed-ips " + strings.Join(ips, ",")
+	}
+	return s
+}
+func (o AddRule) String() string     { return "ip rule add " + o.Rule.String() }
+func (o RemoveRule) String() string  { return "ip rule delete " + o.Rule.String() }
+func (o RemoveRoute) String() string { return "ip route delete " + o.Route.String() }
+func (o RemovePeer) String() string {
+	return fmt.Sprintf("wg set %s peer %s remove", o.Link, o.PublicKey)
+}
+
+func (o RemoveAddress) String() string {
+	return fmt.Sprintf("ip address delete %s dev %s", o.Prefix, o.Link)
+}
+func (o RemoveLink) String() string { return "ip link delete " + o.Name }
+func (RemoveFilter) String() string { return "nft delete table" }
+
+// sets prints the sets that SetFilter refills.
+func (f Filter) sets() string {
+	return fmt.Sprintf("cluster %v guarded %v local %v exempt %v", f.Cluster, f.Guarded, f.Local, f.Exempt)
+}
+
+// Local reports whether the op serves one of this node's own pods alone. Those
+// ops are cheap, and are applied while the store is locked, so that they agree
+// with it at every moment; the others may take long and never hold up an ADD.
+func Local(o Op) bool {
+	switch o := o.(type) {
+	case SetFilterPods:
+		return true
+	case SetRoute:
+		return o.Route.singlePod()
+	case RemoveRoute:
+		return o.Route.singlePod()
+	}
+	return false
+}
+
+func (r Route) singlePod() bool { return r.Type == Throw && r.Prefix.IsSingleIP() }
+
+// Text prints ops, one a line.
+func Text(ops []Op) string {
+	var b strings.Builder
+	for _, o := range ops {
+		b.WriteString(o.String() + "\n")
+	}
+	return b.String()
+}
+
+// Split parts ops into the local ones and the others, each in order.
+func Split(ops []Op) (local, others []Op) {
+	for _, o := range ops {
+		if Local(o) {
+			local = append(local, o)
+		} else {
+			others = append(others, o)
+		}
+	}
+	return local, others
+}
+
+// NeedsLink reports whether the op works on the WireGuard interface, which may
+// be missing where the kernel has none and the helper has not started one.
+func NeedsLink(o Op) bool {
+	switch o := o.(type) {
+	case AddLink, ConfigureLink, SetLink, AddAddress, SetPeer:
+		return true
+	case SetRoute:
+		return o.Route.Type == ViaLink
+	}
+	return false
+}
+
+// difference returns the elements of a that are not in b, in a's order.
+func difference[T comparable](a, b []T) []T {
+	in := make(map[T]bool, len(b))
+	for _, x := range b {
+		in[x] = true
+	}
+	return slices.DeleteFunc(slices.Clone(a), func(x T) bool { return in[x] })
+}

@@ -1,0 +1,128 @@
+package mesh
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Plan is the state a node's kernel should hold, and the claims that were refused on the way.
+type Plan struct {
+	State
+	Conflicts []Conflict
+}
+
+// NewPlan turns facts into the plan. It never fails: what cannot be served is a Conflict.
+func NewPlan(f Facts) Plan {
+	local := claimPrefixes(f.Self.Prefixes)
+	local = slices.DeleteFunc(local, func(p netip.Prefix) bool { return !anyCovers(f.ClusterCIDRs, p) })
+	pods := outside(f.LocalPods, local, f.ClusterCIDRs)
+
+	nodes := slices.DeleteFunc(slices.Clone(f.Nodes), func(n Node) bool { return n.Name == f.Self.Name })
+	owners := Owners(append(nodes, f.Self), f.ClusterCIDRs)
+
+	p := Plan{Conflicts: owners.Conflicts}
+	p.Routes = localRoutes(f, local, pods, exempt(f))
+	p.Rules = rules(f.Settings)
+	p.Filter = Filter{
+		Interface: f.Interface,
+		Cluster:   Merge(f.ClusterCIDRs),
+		Local:     Merge(local),
+		Pods:      pods,
+		Exempt:    exempt(f),
+	}
+	if hasKey(f.Self.PublicKey) {
+		p.addTunnel(f, nodes, owners, pods)
+	}
+	p.Filter.Guarded = guarded(f, p.Peers)
+	p.Sort()
+	return p
+}
+
+// addTunnel plans the interface, its peers and the routes into it.
+func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership, pods []netip.Addr) {
+	p.Link = Link{
+		Name: f.Interface, MTU: f.MTU, Up: true,
+		PublicKey: f.Self.PublicKey, ListenPort: f.ListenPort, FwMark: f.FwMark,
+	}
+	source := map[bool]netip.Addr{}
+	for _, a := range f.Self.TunnelAddresses() {
+		p.Addresses = append(p.Addresses, hostPrefix(a))
+		source[a.Is6()] = a
+	}
+	ours := map[netip.Prefix]bool{}
+	for _, r := range p.Routes {
+		if r.Metric == 0 {
+			ours[r.Prefix] = true
+		}
+	}
+	for _, n := range nodes {
+		if owners.Refused[n.Name] {
+			continue
+		}
+		prefixes := slices.DeleteFunc(slices.Clone(owners.Prefixes[n.Name]), func(q netip.Prefix) bool { return ours[q] })
+		p.Peers = append(p.Peers, Peer{
+			Name: n.Name, PublicKey: n.PublicKey, Endpoint: owners.Endpoints[n.Name],
+			AllowedIPs: prefixes, Keepalive: f.Keepalive,
+		})
+		for _, q := range prefixes {
+			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})
+		}
+	}
+}
+
+// localRoutes are those that do not need the tunnel.
+func localRoutes(f Facts, local []netip.Prefix, pods, exempt []netip.Addr) []Route {
+	var out []Route
+	throw := slices.Concat(local, hostPrefixes(pods), hostPrefixes(exempt))
+	for _, p := range SortPrefixes(throw) {
+		out = append(out, Route{Prefix: p, Type: Throw, Table: f.Table})
+	}
+	if f.Encryption == Required {
+		for _, p := range Merge(f.ClusterCIDRs) {
+			out = append(out, Route{Prefix: p, Type: Unreachable, Table: f.Table, Metric: guardMetric})
+		}
+	}
+	return out
+}
+
+// rules has one rule for each family of the cluster.
+func rules(s Settings) []Rule {
+	var out []Rule
+	for _, v6 := range []bool{false, true} {
+		if slices.ContainsFunc(s.ClusterCIDRs, func(p netip.Prefix) bool { return p.Addr().Is6() == v6 }) {
+			out = append(out, Rule{IPv6: v6, Priority: s.RulePriority, FwMark: s.FwMark, Table: s.Table})
+		}
+	}
+	return out
+}
+
+// exempt are the machines' own addresses that lie inside the cluster's ranges,
+// as they do where pods share the nodes' network. They are not pods.
+func exempt(f Facts) []netip.Addr {
+	var out []netip.Addr
+	for _, n := range append(slices.Clone(f.Nodes), f.Self) {
+		addrs := n.Addresses
+		if n.Endpoint.IsValid() {
+			addrs = append(slices.Clone(addrs), n.Endpoint.Addr())
+		}
+		for _, a := range addrs {
+			if anyContains(f.ClusterCIDRs, a) {
+				out = append(out, a)
+			}
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
+// guarded is what may only be reached through the tunnel.
+func guarded(f Facts, peers []Peer) []netip.Prefix {
+	if f.Encryption == Required {
+		return Merge(f.ClusterCIDRs)
+	}
+	var joined []netip.Prefix
+	for _, p := range peers {
+		joined = append(joined, p.AllowedIPs...)
+	}
+	return Merge(joined)
+}

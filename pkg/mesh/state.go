@@ -1,0 +1,178 @@
+package mesh
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// State is what a kernel holds of ours. NewPlan makes the wish, kernel.Observe
+// the observation; both are sorted.
+type State struct {
+	Link      Link           `json:"link"`
+	Addresses []netip.Prefix `json:"addresses,omitempty"` // of Link
+	Peers     []Peer         `json:"peers,omitempty"`     // of Link
+	Routes    []Route        `json:"routes,omitempty"`
+	Rules     []Rule         `json:"rules,omitempty"`
+	Filter    Filter         `json:"filter"`
+}
+
+// Link is the WireGuard interface. The zero value is its absence.
+type Link struct {
+	Name       string      `json:"name,omitempty"`
+	MTU        int         `json:"mtu,omitempty"`
+	Up         bool        `json:"up,omitempty"`
+	PublicKey  wgtypes.Key `json:"publicKey"`
+	ListenPort int         `json:"listenPort,omitempty"`
+	FwMark     uint32      `json:"fwmark,omitempty"`
+}
+
+// Peer is one WireGuard peer.
+type Peer struct {
+	Name       string         `json:"name,omitempty"` // of its node; only plans know it
+	PublicKey  wgtypes.Key    `json:"publicKey"`
+	Endpoint   netip.AddrPort `json:"endpoint"`
+	AllowedIPs []netip.Prefix `json:"allowedIPs,omitempty"`
+	Keepalive  time.Duration  `json:"keepalive,omitempty"`
+
+	// What only an observation knows.
+	LastHandshake time.Time `json:"lastHandshake,omitzero"`
+	ReceiveBytes  int64     `json:"receiveBytes,omitempty"`
+	TransmitBytes int64     `json:"transmitBytes,omitempty"`
+}
+
+// RouteType is what a route does with a packet.
+type RouteType int
+
+const (
+	// ViaLink sends it into the tunnel.
+	ViaLink RouteType = iota
+	// Throw goes on with the next rule: the main table knows better.
+	Throw
+	// Unreachable refuses it.
+	Unreachable
+)
+
+// guardMetric lets the unreachable route of a cluster CIDR stand beside, and
+// behind, another route for the very same prefix.
+const guardMetric = 1 << 20
+
+// Route is one route of ours. Its key is (Prefix, Table, Metric).
+type Route struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Type   RouteType    `json:"type"`
+	Source netip.Addr   `json:"source,omitzero"` // preferred source address, or none
+	Table  int          `json:"table"`
+	Metric int          `json:"metric,omitempty"` // 0 is the family's default
+}
+
+// Rule sends all packets that do not carry the mark to the table.
+type Rule struct {
+	IPv6     bool   `json:"ipv6,omitempty"`
+	Priority int    `json:"priority"`
+	FwMark   uint32 `json:"fwmark"` // value and mask
+	Table    int    `json:"table"`
+}
+
+// Filter is the content of the nftables table. The zero value is its absence.
+//
+// What it does: a packet from Cluster to Guarded that leaves by an interface
+// other than Interface is dropped and counted, and so is one from Guarded to
+// Cluster that came in by another. Local, Pods and Exempt addresses at the far
+// end are excepted. A packet from Local or Pods that leaves by Interface keeps
+// its source address, whatever masquerades later.
+type Filter struct {
+	Interface string         `json:"interface,omitempty"`
+	Cluster   []netip.Prefix `json:"cluster,omitempty"`
+	Guarded   []netip.Prefix `json:"guarded,omitempty"` // disjoint
+	Local     []netip.Prefix `json:"local,omitempty"`   // disjoint: this node's own ranges
+	Pods      []netip.Addr   `json:"pods,omitempty"`    // this node's pods outside of Local
+	Exempt    []netip.Addr   `json:"exempt,omitempty"`  // node addresses inside Cluster
+	// Broken is set by an observation: the table is there, but its chains or
+	// rules are not as we make them.
+	Broken bool `json:"broken,omitempty"`
+}
+
+// present reports whether there is such a table.
+func (f Filter) present() bool { return f.Interface != "" || f.Broken }
+
+// sameSets reports whether all but Pods is equal.
+func (f Filter) sameSets(g Filter) bool {
+	return f.Interface == g.Interface && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) &&
+		slices.Equal(f.Local, g.Local) && slices.Equal(f.Exempt, g.Exempt)
+}
+
+func compareRoutes(a, b Route) int {
+	if c := ComparePrefixes(a.Prefix, b.Prefix); c != 0 {
+		return c
+	}
+	if a.Table != b.Table {
+		return a.Table - b.Table
+	}
+	return a.Metric - b.Metric
+}
+
+func compareRules(a, b Rule) int {
+	switch {
+	case a.IPv6 != b.IPv6:
+		if b.IPv6 {
+			return -1
+		}
+		return 1
+	case a.Priority != b.Priority:
+		return a.Priority - b.Priority
+	case a.Table != b.Table:
+		return a.Table - b.Table
+	}
+	return int(a.FwMark) - int(b.FwMark)
+}
+
+func comparePeers(a, b Peer) int { return slices.Compare(a.PublicKey[:], b.PublicKey[:]) }
+
+// Sort puts every list into its one order. NewPlan's states are sorted; an
+// adapter calls it on what it observed.
+func (s *State) Sort() {
+	slices.SortFunc(s.Addresses, ComparePrefixes)
+	slices.SortFunc(s.Peers, comparePeers)
+	for i := range s.Peers {
+		slices.SortFunc(s.Peers[i].AllowedIPs, ComparePrefixes)
+	}
+	slices.SortFunc(s.Routes, compareRoutes)
+	slices.SortFunc(s.Rules, compareRules)
+	for _, set := range []*[]netip.Prefix{&s.Filter.Cluster, &s.Filter.Guarded, &s.Filter.Local} {
+		slices.SortFunc(*set, ComparePrefixes)
+	}
+	slices.SortFunc(s.Filter.Pods, netip.Addr.Compare)
+	slices.SortFunc(s.Filter.Exempt, netip.Addr.Compare)
+}
+
+// String prints the route as ip(8) would take it, without the device.
+func (r Route) String() string {
+	s := r.Prefix.String()
+	switch r.Type {
+	case Throw:
+		s = "throw " + s
+	case Unreachable:
+		s = "unreachable " + s
+	}
+	if r.Source.IsValid() {
+		s += " src " + r.Source.String()
+	}
+	if r.Metric != 0 {
+		s += " metric " + strconv.Itoa(r.Metric)
+	}
+	return s + " table " + strconv.Itoa(r.Table)
+}
+
+// String prints the rule as ip(8) would take it.
+func (r Rule) String() string {
+	family := "ipv4"
+	if r.IPv6 {
+		family = "ipv6"
+	}
+	mark := "0x" + strconv.FormatUint(uint64(r.FwMark), 16)
+	return family + " priority " + strconv.Itoa(r.Priority) + " not fwmark " + mark + "/" + mark + " lookup " + strconv.Itoa(r.Table)
+}
