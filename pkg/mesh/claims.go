@@ -26,6 +26,10 @@ type Ownership struct {
 	Prefixes map[string][]netip.Prefix
 	// Endpoints that may be used, by node name.
 	Endpoints map[string]netip.AddrPort
+	// Exempt are the machines' own addresses that lie inside clusterCIDRs, as
+	// they do where pods share the nodes' network. They are not pods: they are
+	// reached without the tunnel. Sorted.
+	Exempt []netip.Addr
 	// Refused names the nodes that get no peer at all.
 	Refused   map[string]bool
 	Conflicts []Conflict
@@ -42,7 +46,12 @@ type Ownership struct {
 //   - of two overlapping node prefixes the older claim stands, ties go to the
 //     lesser name;
 //   - of two equal pod claims the newer one stands. A pod claim inside
-//     another node's prefix stands: it is the more specific route.
+//     another node's prefix stands: it is the more specific route;
+//   - a machine's own address inside a prefix that another node has held
+//     longer is not exempt: it would be an order to the whole mesh to send
+//     what goes to that pod in the clear.
+//
+// The names of the nodes must differ, as the registry's keys do.
 func Owners(nodes []Node, clusterCIDRs []netip.Prefix) Ownership {
 	nodes = slices.SortedFunc(slices.Values(nodes), func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 	o := Ownership{
@@ -56,7 +65,8 @@ func Owners(nodes []Node, clusterCIDRs []netip.Prefix) Ownership {
 		o.Endpoints[l.node] = l.endpoint
 	}
 	held := o.settlePrefixes(nodes, clusterCIDRs, byAddr)
-	o.settlePods(nodes, clusterCIDRs, byAddr, held)
+	owner := o.settlePods(nodes, clusterCIDRs, byAddr, held)
+	o.settleExempt(nodes, clusterCIDRs, owner)
 	for name := range o.Prefixes {
 		o.Prefixes[name] = SortPrefixes(o.Prefixes[name])
 	}
@@ -86,9 +96,19 @@ func (o *Ownership) refuseSharedKeys(nodes []Node) {
 			o.Refused[n.Name] = true
 			others := slices.DeleteFunc(slices.Clone(names), func(s string) bool { return s == n.Name })
 			o.refuse(n.Name, "public key "+n.PublicKey.String(), "%s has the same key; delete the private key of the copy and restart it",
-				strings.Join(others, ", "))
+				enumerate(others))
 		}
 	}
+}
+
+// enumerate joins names, but not thousands of them: machines cloned from one
+// image all share its key, and each one's conflict would name all others.
+func enumerate(names []string) string {
+	const most = 3
+	if len(names) <= most {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
 }
 
 // A holding is one claim with its claimant.
@@ -133,11 +153,14 @@ func (o *Ownership) settlePrefixes(nodes []Node, clusterCIDRs []netip.Prefix, by
 	var held overlapIndex
 	var out []holding
 	for _, h := range claims {
-		if !o.permitted(h, clusterCIDRs) || !o.clearOfEndpoints(h, byAddr) {
+		if !o.permitted(h, clusterCIDRs) {
 			continue
 		}
 		if other, found := held.overlapping(h); found {
 			o.refuse(h.node, h.prefix, "%s has held %s longer", other.node, other.prefix)
+			continue
+		}
+		if !o.clearOfEndpoints(h, byAddr) { // last: a refused claim must not cost anyone an endpoint
 			continue
 		}
 		held.add(h)
@@ -150,19 +173,29 @@ func (o *Ownership) settlePrefixes(nodes []Node, clusterCIDRs []netip.Prefix, by
 // clearOfEndpoints settles a claim against the endpoints inside it.
 func (o *Ownership) clearOfEndpoints(h holding, byAddr []located) bool {
 	first, _ := slices.BinarySearchFunc(byAddr, h.prefix.Addr(), func(l located, a netip.Addr) int { return l.endpoint.Addr().Compare(a) })
+	var younger []located
 	for _, l := range byAddr[first:] {
-		if !h.prefix.Contains(l.endpoint.Addr()) {
-			break
+		switch {
+		case !h.prefix.Contains(l.endpoint.Addr()):
+			o.refuseEndpoints(younger, h)
+			return true
+		case !o.Endpoints[l.node].IsValid(): // refused before
+		case l.node != h.node && h.since.Before(l.since):
+			younger = append(younger, l)
+		default:
+			o.refuse(h.node, h.prefix, "the endpoint %s of %s lies inside it", l.endpoint, l.node)
+			return false
 		}
-		if l.node != h.node && h.since.Before(l.since) {
-			o.refuse(l.node, "endpoint "+l.endpoint.String(), "it lies inside %s, which %s has held longer", h.prefix, h.node)
-			delete(o.Endpoints, l.node)
-			continue
-		}
-		o.refuse(h.node, h.prefix, "the endpoint %s of %s lies inside it", l.endpoint, l.node)
-		return false
 	}
+	o.refuseEndpoints(younger, h)
 	return true
+}
+
+func (o *Ownership) refuseEndpoints(ls []located, h holding) {
+	for _, l := range ls {
+		o.refuse(l.node, "endpoint "+l.endpoint.String(), "it lies inside %s, which %s has held longer", h.prefix, h.node)
+		delete(o.Endpoints, l.node)
+	}
 }
 
 // located is a node's endpoint, and how long the node has been a member.
@@ -176,36 +209,73 @@ func (o *Ownership) endpointsByAddress(nodes []Node) []located {
 	var out []located
 	for _, n := range nodes {
 		if n.Endpoint.IsValid() && !o.Refused[n.Name] {
-			out = append(out, located{n.Name, n.Endpoint, n.Since})
+			// Kernels report ::ffff:192.0.2.1 as 192.0.2.1, so only that compares equal.
+			out = append(out, located{n.Name, netip.AddrPortFrom(n.Endpoint.Addr().Unmap(), n.Endpoint.Port()), n.Since})
 		}
 	}
 	slices.SortStableFunc(out, func(a, b located) int { return a.endpoint.Compare(b.endpoint) })
 	return out
 }
 
-// settlePods hands out single pods, the newest claim first.
-func (o *Ownership) settlePods(nodes []Node, clusterCIDRs []netip.Prefix, byAddr []located, held []holding) {
-	owner := map[netip.Prefix]string{}
+// settlePods hands out single pods, the newest claim first, and returns all that is held.
+func (o *Ownership) settlePods(nodes []Node, clusterCIDRs []netip.Prefix, byAddr []located, held []holding) map[netip.Prefix]holding {
+	owner := make(map[netip.Prefix]holding, len(held))
 	for _, h := range held {
-		owner[h.prefix] = h.node
+		if _, twice := owner[h.prefix]; !twice { // the older of a node's two
+			owner[h.prefix] = h
+		}
 	}
 	claims := holdings(nodes, o.Refused, func(n Node) []Claim { return n.Pods })
 	slices.SortStableFunc(claims, func(a, b holding) int {
 		return cmp.Or(b.since.Compare(a.since), cmp.Compare(a.node, b.node), ComparePrefixes(a.prefix, b.prefix))
 	})
 	for _, h := range claims {
-		if !o.permitted(h, clusterCIDRs) || !o.clearOfEndpoints(h, byAddr) {
+		if !o.permitted(h, clusterCIDRs) {
 			continue
 		}
 		if other, taken := owner[h.prefix]; taken {
-			if other != h.node {
-				o.refuse(h.node, h.prefix, "%s has the newer claim", other)
+			if other.node != h.node {
+				o.refuse(h.node, h.prefix, "%s has the better claim", other.node)
 			}
 			continue
 		}
-		owner[h.prefix] = h.node
+		if !o.clearOfEndpoints(h, byAddr) {
+			continue
+		}
+		owner[h.prefix] = h
 		o.Prefixes[h.node] = append(o.Prefixes[h.node], h.prefix)
 	}
+	return owner
+}
+
+// settleExempt lets the machines keep their own addresses inside clusterCIDRs.
+// One inside the node's own prefix, such as its bridge's, is not exempt either:
+// it is reached as the pods beside it are.
+func (o *Ownership) settleExempt(nodes []Node, clusterCIDRs []netip.Prefix, owner map[netip.Prefix]holding) {
+	for _, n := range nodes {
+		for _, a := range append(slices.Clone(n.Addresses), n.Endpoint.Addr()) {
+			if a = a.Unmap(); anyContains(clusterCIDRs, a) && o.maySkipTunnel(n, a, owner) {
+				o.Exempt = append(o.Exempt, a)
+			}
+		}
+	}
+	slices.SortFunc(o.Exempt, netip.Addr.Compare)
+	o.Exempt = slices.Compact(o.Exempt)
+}
+
+func (o *Ownership) maySkipTunnel(n Node, a netip.Addr, owner map[netip.Prefix]holding) bool {
+	for bits := a.BitLen(); bits > 0; bits-- {
+		p, _ := a.Prefix(bits)
+		switch h, found := owner[p]; {
+		case !found:
+		case h.node == n.Name:
+			return false
+		case o.Refused[n.Name] || h.since.Before(n.Since):
+			o.refuse(n.Name, "address "+a.String(), "it lies inside %s, which %s has held longer", h.prefix, h.node)
+			return false
+		}
+	}
+	return true
 }
 
 // overlapIndex finds a prefix that another node holds and that overlaps a given
@@ -276,6 +346,7 @@ func keepTime(before []Claim, p netip.Prefix, now time.Time) Claim {
 func outside(pods []netip.Addr, prefixes, clusterCIDRs []netip.Prefix) []netip.Addr {
 	var out []netip.Addr
 	for _, a := range pods {
+		a = a.Unmap() // net.IP's 16 byte form would be in no IPv4 prefix, and its pod unprotected
 		if anyContains(clusterCIDRs, a) && !anyContains(prefixes, a) {
 			out = append(out, a)
 		}

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -30,12 +31,14 @@ type Context struct {
 func Diff(observed, planned State, c Context) []Op {
 	d := differ{observed: observed, planned: planned, Context: c}
 	d.addFilter()
+	d.renameLink()
 	d.addLink()
 	d.addRoutes(func(r Route) bool { return r.Type != ViaLink })
 	d.setPeers(false)
 	d.addRoutes(func(r Route) bool { return r.Type == ViaLink })
 	d.addRules()
 
+	d.removeAddresses()
 	d.removeRules()
 	d.removeRoutes()
 	d.setPeers(true)
@@ -61,10 +64,15 @@ func (d *differ) addFilter() {
 	case have.Broken || have.Interface != want.Interface:
 		d.add(ReplaceFilter{want})
 		return
-	case !have.sameSets(want):
-		d.add(SetFilter{want})
 	}
 	add, remove := difference(want.Pods, have.Pods), difference(have.Pods, want.Pods)
+	if !have.sameSets(want) {
+		if len(add) > 0 { // before Local gives them up, or their packets are dropped between the two
+			d.add(SetFilterPods{Add: add})
+			add = nil
+		}
+		d.add(SetFilter{want})
+	}
 	if len(add)+len(remove) > 0 {
 		d.add(SetFilterPods{Add: add, Remove: remove})
 	}
@@ -79,6 +87,18 @@ func (d *differ) removeFilter() {
 // linkStays reports whether the observed interface is the planned one.
 func (d *differ) linkStays() bool { return d.observed.Link.Name == d.planned.Link.Name }
 
+// renameLink removes an interface of another name before the planned one is
+// made: two cannot listen on one port. Until the new one works, the filter and
+// the unreachable routes hold what would be encrypted.
+func (d *differ) renameLink() {
+	if d.linkStays() || d.observed.Link.Name == "" || d.planned.Link.Name == "" {
+		return
+	}
+	d.add(RemoveLink{d.observed.Link.Name})
+	d.observed.Link, d.observed.Addresses, d.observed.Peers = Link{}, nil, nil
+	d.observed.Routes = slices.DeleteFunc(slices.Clone(d.observed.Routes), func(r Route) bool { return r.Type == ViaLink })
+}
+
 func (d *differ) addLink() {
 	have, want := d.observed.Link, d.planned.Link
 	if want.Name == "" {
@@ -91,18 +111,24 @@ func (d *differ) addLink() {
 	if have.PublicKey != want.PublicKey || have.ListenPort != want.ListenPort || have.FwMark != want.FwMark {
 		d.add(ConfigureLink{want})
 	}
-	addrs := d.observed.Addresses
-	if !d.linkStays() {
-		addrs = nil
-	}
 	if have.MTU != want.MTU || !have.Up {
 		d.add(SetLink{Name: want.Name, MTU: want.MTU})
 	}
-	for _, p := range difference(d.planned.Addresses, addrs) {
+	for _, p := range difference(d.planned.Addresses, d.observed.Addresses) {
 		d.add(AddAddress{Link: want.Name, Prefix: p})
 	}
-	for _, p := range difference(addrs, d.planned.Addresses) {
-		d.add(RemoveAddress{Link: want.Name, Prefix: p})
+}
+
+// removeAddresses comes after the routes have their new source address: with
+// the old one Linux takes what refers to it, the whole IPv4 route
+// (fib_sync_down_addr; since 6.2 in the main table alone) or an IPv6 route's
+// source (rt6_remove_prefsrc).
+func (d *differ) removeAddresses() {
+	if d.planned.Link.Name == "" {
+		return // they go with the interface
+	}
+	for _, p := range difference(d.observed.Addresses, d.planned.Addresses) {
+		d.add(RemoveAddress{Link: d.planned.Link.Name, Prefix: p})
 	}
 }
 
@@ -165,11 +191,9 @@ func (d *differ) removeRules() {
 
 // setPeers adds (or, in the later half, removes) allowed IPs, with all else that a peer needs.
 func (d *differ) setPeers(removing bool) {
-	have := map[wgtypes.Key]Peer{}
-	if d.linkStays() {
-		for _, p := range d.observed.Peers {
-			have[p.PublicKey] = p
-		}
+	have := make(map[wgtypes.Key]Peer, len(d.observed.Peers))
+	for _, p := range d.observed.Peers {
+		have[p.PublicKey] = p
 	}
 	taken := map[netip.Prefix]bool{}
 	if removing {
@@ -211,7 +235,8 @@ func (d *differ) endpointDiffers(have, want Peer) bool {
 	if !want.Endpoint.IsValid() || have.Endpoint == want.Endpoint {
 		return false
 	}
-	fresh := !have.LastHandshake.IsZero() && d.Now.Sub(have.LastHandshake) < HandshakeFresh
+	// A clock that was set back leaves handshakes in the future; one far ahead says nothing.
+	fresh := !have.LastHandshake.IsZero() && d.Now.Sub(have.LastHandshake).Abs() < HandshakeFresh
 	return !fresh || d.Moved[want.PublicKey]
 }
 

@@ -168,12 +168,13 @@ func (f Filter) sets() string {
 	return fmt.Sprintf("cluster %v guarded %v local %v exempt %v", f.Cluster, f.Guarded, f.Local, f.Exempt)
 }
 
-// Local reports whether the op serves one of this node's own pods alone. Those
-// ops are cheap, and are applied while the store is locked, so that they agree
-// with it at every moment; the others may take long and never hold up an ADD.
+// Local reports whether the op touches what ADD and DEL change: single pods of
+// this node. Those ops are cheap, and are applied while the store is locked, so
+// that they agree with it at every moment; the others may take long and never
+// hold up an ADD.
 func Local(o Op) bool {
 	switch o := o.(type) {
-	case SetFilterPods:
+	case SetFilterPods, ReplaceFilter:
 		return true
 	case SetRoute:
 		return o.Route.singlePod()
@@ -220,6 +221,9 @@ func NeedsLink(o Op) bool {
 
 // difference returns the elements of a that are not in b, in a's order.
 func difference[T comparable](a, b []T) []T {
+	if slices.Equal(a, b) {
+		return nil // nearly always, for each of thousands of peers
+	}
 	in := make(map[T]bool, len(b))
 	for _, x := range b {
 		in[x] = true

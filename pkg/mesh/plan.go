@@ -21,17 +21,17 @@ func NewPlan(f Facts) Plan {
 	owners := Owners(append(nodes, f.Self), f.ClusterCIDRs)
 
 	p := Plan{Conflicts: owners.Conflicts}
-	p.Routes = localRoutes(f, local, pods, exempt(f))
+	p.Routes = localRoutes(f, local, pods, owners.Exempt)
 	p.Rules = rules(f.Settings)
 	p.Filter = Filter{
 		Interface: f.Interface,
 		Cluster:   Merge(f.ClusterCIDRs),
 		Local:     Merge(local),
 		Pods:      pods,
-		Exempt:    exempt(f),
+		Exempt:    owners.Exempt,
 	}
 	if hasKey(f.Self.PublicKey) {
-		p.addTunnel(f, nodes, owners, pods)
+		p.addTunnel(f, nodes, owners)
 	}
 	p.Filter.Guarded = guarded(f, p.Peers)
 	p.Sort()
@@ -39,17 +39,22 @@ func NewPlan(f Facts) Plan {
 }
 
 // addTunnel plans the interface, its peers and the routes into it.
-func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership, pods []netip.Addr) {
+func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 	p.Link = Link{
 		Name: f.Interface, MTU: f.MTU, Up: true,
 		PublicKey: f.Self.PublicKey, ListenPort: f.ListenPort, FwMark: f.FwMark,
 	}
 	source := map[bool]netip.Addr{}
-	for _, a := range f.Self.TunnelAddresses() {
+	self := f.Self
+	self.Prefixes = slices.DeleteFunc(slices.Clone(self.Prefixes), func(c Claim) bool { return !anyCovers(f.ClusterCIDRs, c.Prefix) })
+	for _, a := range self.TunnelAddresses() { // of a prefix that peers can allow
 		p.Addresses = append(p.Addresses, hostPrefix(a))
 		source[a.Is6()] = a
 	}
-	ours := map[netip.Prefix]bool{}
+	ours := map[netip.Prefix]bool{} // whatever others claim, a node knows best where its own pods are
+	for _, a := range f.LocalPods {
+		ours[hostPrefix(a.Unmap())] = true
+	}
 	for _, r := range p.Routes {
 		if r.Metric == 0 {
 			ours[r.Prefix] = true
@@ -94,25 +99,6 @@ func rules(s Settings) []Rule {
 		}
 	}
 	return out
-}
-
-// exempt are the machines' own addresses that lie inside the cluster's ranges,
-// as they do where pods share the nodes' network. They are not pods.
-func exempt(f Facts) []netip.Addr {
-	var out []netip.Addr
-	for _, n := range append(slices.Clone(f.Nodes), f.Self) {
-		addrs := n.Addresses
-		if n.Endpoint.IsValid() {
-			addrs = append(slices.Clone(addrs), n.Endpoint.Addr())
-		}
-		for _, a := range addrs {
-			if anyContains(f.ClusterCIDRs, a) {
-				out = append(out, a)
-			}
-		}
-	}
-	slices.SortFunc(out, netip.Addr.Compare)
-	return slices.Compact(out)
 }
 
 // guarded is what may only be reached through the tunnel.

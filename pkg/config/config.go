@@ -1,0 +1,323 @@
+// Package config reads the wgcni stanza of a CNI network configuration, the
+// only configuration there is: the plugin gets it on stdin, wgcnid reads it from
+// the conflist on disk.
+//
+//	raw JSON --Parse--> Config (validated, with every default filled in)
+package config
+
+import (
+	"fmt"
+	"math/bits"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// The defaults that are not obvious.
+const (
+	DefaultInterface  = "wgcni0"
+	DefaultListenPort = 51820
+	// DefaultFwMark is one bit that no known owner of packet marks uses, see markOwners.
+	DefaultFwMark = 0x4
+	// DefaultTable is "wg" in ASCII; wg-quick counts upward from 51820.
+	DefaultTable = 0x7767
+	// DefaultRulePriority comes after the local table (0) and Cilium's (100),
+	// before AWS VPC CNI (512), Tailscale (5210), KubeSpan (32500) and main (32766).
+	DefaultRulePriority = 110
+	DefaultRunDir       = "/run/wgcni"
+	DefaultStateDir     = "/var/lib/wgcni"
+)
+
+// Config is a validated stanza.
+type Config struct {
+	CNIVersion string
+	Name       string // of the network
+	NodeName   string
+
+	// Settings has all but MTU when MTU is 0: it is then found from the underlay.
+	mesh.Settings
+
+	PodCIDRs []netip.Prefix // empty: found, see FindPodCIDRs
+	Endpoint string         // host:port; empty: found from the default route
+	Registry Registry
+	RunDir   string
+	StateDir string
+}
+
+// Registry says where nodes find each other.
+type Registry struct {
+	Type string // "file"
+	Path string // of the shared file
+}
+
+// String names what the configuration is about; it holds no secret.
+func (c Config) String() string {
+	return fmt.Sprintf("network %s, node %s, interface %s, clusterCIDRs %v", c.Name, c.NodeName, c.Interface, c.ClusterCIDRs)
+}
+
+// Error is a fault in a stanza. It names the key, what is there, and what would be right.
+type Error struct {
+	Key   string
+	Fault string
+	Want  string
+}
+
+func (e *Error) Error() string {
+	if e.Want == "" {
+		return fmt.Sprintf("%s: %s", e.Key, e.Fault)
+	}
+	return fmt.Sprintf("%s: %s; %s", e.Key, e.Fault, e.Want)
+}
+
+// Parse validates a stanza and fills in the defaults. The error is an *Error
+// for everything but broken JSON.
+func Parse(stanza []byte) (Config, error) {
+	raw, err := decode(stanza)
+	if err != nil {
+		return Config{}, err
+	}
+	c := Config{
+		CNIVersion: raw.CNIVersion, Name: raw.Name,
+		Settings: mesh.Settings{
+			Interface:    or(raw.Interface, DefaultInterface),
+			ListenPort:   orZero(raw.ListenPort, DefaultListenPort),
+			RulePriority: orZero(raw.RulePriority, DefaultRulePriority),
+			Table:        orZero(raw.Table, DefaultTable),
+		},
+		Endpoint: raw.Endpoint,
+		RunDir:   or(raw.RunDir, DefaultRunDir),
+		StateDir: or(raw.StateDir, DefaultStateDir),
+	}
+	for _, check := range []func(*Config, rawStanza) error{
+		checkCIDRs, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkPaths, checkLater,
+	} {
+		if err := check(&c, raw); err != nil {
+			return Config{}, err
+		}
+	}
+	return c, nil
+}
+
+func or(s, fallback string) string {
+	if s == "" {
+		return fallback
+	}
+	return s
+}
+
+// orZero tells a key that is missing from one that is 0: the latter is checked.
+func orZero(n *int, fallback int) int {
+	if n == nil {
+		return fallback
+	}
+	return *n
+}
+
+func checkCIDRs(c *Config, raw rawStanza) (err error) {
+	if len(raw.ClusterCIDRs) == 0 {
+		return &Error{"clusterCIDRs", "missing", `set it to the pods' ranges of the whole cluster, for example ["10.244.0.0/16"]`}
+	}
+	if c.ClusterCIDRs, err = prefixes("clusterCIDRs", raw.ClusterCIDRs); err != nil {
+		return err
+	}
+	for _, p := range c.ClusterCIDRs {
+		if p.Bits() == 0 {
+			return &Error{"clusterCIDRs", p.String() + " is every address there is", "name the pods' ranges only"}
+		}
+	}
+	if c.PodCIDRs, err = prefixes("podCIDRs", raw.PodCIDRs); err != nil {
+		return err
+	}
+	for _, p := range c.PodCIDRs {
+		inside := slices.ContainsFunc(c.ClusterCIDRs, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
+		if !inside {
+			return &Error{"podCIDRs", p.String() + " is not inside clusterCIDRs", "add it there, or correct it"}
+		}
+	}
+	return nil
+}
+
+func prefixes(key string, in []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range in {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, &Error{key, strconv.Quote(s) + " is not a prefix", "write it like 10.244.0.0/16 or fd00:244::/48"}
+		}
+		if p != p.Masked() {
+			return nil, &Error{key, s + " has bits set behind its mask", "write " + p.Masked().String()}
+		}
+		if p.Addr().Is4In6() {
+			return nil, &Error{key, s + " is an IPv4 address in IPv6 form", "write it as IPv4"}
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+func checkEncryption(c *Config, raw rawStanza) error {
+	if raw.Encryption == "" {
+		return nil
+	}
+	if err := c.Encryption.UnmarshalText([]byte(raw.Encryption)); err != nil {
+		return &Error{"encryption", err.Error(), ""}
+	}
+	return nil
+}
+
+var (
+	nodeName      = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$`) // RFC 1123
+	interfaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$`)
+)
+
+func checkNames(c *Config, raw rawStanza) error {
+	c.NodeName = or(raw.NodeName, os.Getenv("NODE_NAME"))
+	if c.NodeName == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return &Error{"nodeName", "the host name cannot be read: " + err.Error(), "set nodeName"}
+		}
+		c.NodeName = strings.ToLower(host)
+	}
+	if len(c.NodeName) > 253 || !nodeName.MatchString(c.NodeName) {
+		return &Error{"nodeName", strconv.Quote(c.NodeName) + " is not a DNS name (RFC 1123)", "use lower case letters, digits, - and ."}
+	}
+	if !interfaceName.MatchString(c.Interface) {
+		return &Error{"interface", strconv.Quote(c.Interface) + " is not an interface name", "use up to 15 letters, digits, - _ and ."}
+	}
+	return nil
+}
+
+func checkNumbers(c *Config, raw rawStanza) error {
+	within := func(key string, n, low, high int) error {
+		if n < low || n > high {
+			return &Error{key, fmt.Sprintf("%d is out of range", n), fmt.Sprintf("use %d to %d", low, high)}
+		}
+		return nil
+	}
+	for _, err := range []error{
+		within("listenPort", c.ListenPort, 1, 65535),
+		within("rulePriority", c.RulePriority, 1, 32765),
+		within("table", c.Table, 1, 1<<31-1),
+		within("keepalive", raw.Keepalive, 0, 65535),
+	} {
+		if err != nil {
+			return err
+		}
+	}
+	if c.Table >= 253 && c.Table <= 255 {
+		return &Error{"table", strconv.Itoa(c.Table) + " is the kernel's own (local, main, default)", "use another"}
+	}
+	if raw.MTU != nil {
+		if err := within("mtu", *raw.MTU, 1280, 65535); err != nil {
+			return err
+		}
+		c.MTU = *raw.MTU
+	}
+	c.Keepalive = time.Duration(raw.Keepalive) * time.Second
+	return nil
+}
+
+// markOwners are the bits that other software on cluster nodes is known to use.
+var markOwners = []struct {
+	name string
+	bits uint32
+}{
+	{"kube-proxy", 0xc000},
+	{"the portmap plugin", 0x2000},
+	{"Calico", 0xffff0000},
+	{"Cilium", 0x1f00},
+	{"KubeSpan", 0x60},
+	{"the AWS VPC CNI", 0x80},
+}
+
+func checkMark(c *Config, raw rawStanza) error {
+	c.FwMark = DefaultFwMark
+	if raw.FwMark == nil {
+		return nil
+	}
+	const want = "use one bit, for example 0x4"
+	n, err := strconv.ParseUint(string(*raw.FwMark), 0, 32)
+	if err != nil {
+		return &Error{"fwmark", string(*raw.FwMark) + " is not a 32 bit number", want}
+	}
+	mark := uint32(n)
+	if bits.OnesCount32(mark) != 1 {
+		return &Error{"fwmark", fmt.Sprintf("%#x has %d bits set", mark, bits.OnesCount32(mark)), want}
+	}
+	for _, o := range markOwners {
+		if mark&o.bits != 0 {
+			return &Error{"fwmark", fmt.Sprintf("%#x belongs to %s (%#x)", mark, o.name, o.bits), want}
+		}
+	}
+	c.FwMark = mark
+	return nil
+}
+
+func checkEndpoint(_ *Config, raw rawStanza) error {
+	if raw.Endpoint == "" {
+		return nil
+	}
+	host, port, err := net.SplitHostPort(raw.Endpoint)
+	if err != nil || host == "" {
+		return &Error{"endpoint", strconv.Quote(raw.Endpoint) + " is not host:port", "write it like 192.0.2.1:51820, [2001:db8::1]:51820 or node.example.org:51820"}
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return &Error{"endpoint", "port " + strconv.Quote(port) + " is out of range", "use 1 to 65535"}
+	}
+	if a, err := netip.ParseAddr(host); err == nil && (a.IsUnspecified() || a.IsMulticast() || a.IsLoopback()) {
+		return &Error{"endpoint", host + " is no address that others could reach", "name one that they can"}
+	}
+	return nil
+}
+
+func checkRegistry(c *Config, raw rawStanza) error {
+	r := raw.Registry
+	switch {
+	case r == nil:
+		return &Error{"registry", "missing", `set it, for example to {"type": "file", "path": "/srv/shared/mesh.json"}`}
+	case r.Type == "":
+		return &Error{"registry.type", "missing", `use "file"`}
+	case r.Type != "file":
+		return &Error{"registry.type", strconv.Quote(r.Type) + " is not known", `use "file"`}
+	case r.Path == "":
+		return &Error{"registry.path", "missing", "name the shared file"}
+	case !filepath.IsAbs(r.Path):
+		return &Error{"registry.path", strconv.Quote(r.Path) + " is a relative path", "write it from /"}
+	}
+	c.Registry = Registry{Type: r.Type, Path: filepath.Clean(r.Path)}
+	return nil
+}
+
+func checkPaths(c *Config, _ rawStanza) error {
+	for key, path := range map[string]*string{"runDir": &c.RunDir, "stateDir": &c.StateDir} {
+		if !filepath.IsAbs(*path) {
+			return &Error{key, strconv.Quote(*path) + " is a relative path", "write it from /"}
+		}
+		*path = filepath.Clean(*path)
+	}
+	if c.RunDir == c.StateDir {
+		return &Error{"runDir", c.RunDir + " is stateDir as well", "use two: one is emptied at boot, the other is not"}
+	}
+	return nil
+}
+
+// checkLater refuses what this version knows of and does not do: half of a
+// promise about encryption would be worse than none.
+func checkLater(_ *Config, raw rawStanza) error {
+	if raw.EncryptNodes {
+		return &Error{"encryptNodes", "true is not supported by this version", "set it to false or leave it out: pod-to-pod traffic is encrypted all the same"}
+	}
+	if raw.ClusterSecretFile != "" {
+		return &Error{"clusterSecretFile", "not supported by this version", "leave it out, and let only the nodes write to the registry"}
+	}
+	return nil
+}

@@ -1,0 +1,221 @@
+package config
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// DefaultDir is where CNI network configurations lie.
+const DefaultDir = "/etc/cni/net.d"
+
+// PluginType is our stanza's "type", and the name of the plugin's binary.
+const PluginType = "wgcni"
+
+// flannelSubnetFile is where flanneld writes the node's ranges.
+const flannelSubnetFile = "/run/flannel/subnet.env"
+
+// ErrNotChained says that no network configuration in a folder chains wgcni.
+var ErrNotChained = errors.New("no network configuration chains wgcni")
+
+// conflist is as much of a network configuration list as we need.
+type conflist struct {
+	CNIVersion string            `json:"cniVersion"`
+	Name       string            `json:"name"`
+	Plugins    []json.RawMessage `json:"plugins"`
+}
+
+// Load reads the stanza from a conflist, or from a file that is a bare stanza.
+// With an empty path it takes the first conflist in dir that chains wgcni.
+// Where the stanza names no podCIDRs they are found, see FindPodCIDRs.
+func Load(path, dir string) (Config, error) {
+	if path == "" {
+		found, err := find(dir)
+		if err != nil {
+			return Config{}, err
+		}
+		path = found
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, err
+	}
+	c, err := parseFile(data)
+	if err != nil {
+		return Config{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+func parseFile(data []byte) (Config, error) {
+	var list conflist
+	if err := json.Unmarshal(data, &list); err != nil {
+		return Config{}, fmt.Errorf("not valid JSON: %w", err)
+	}
+	stanza := data
+	if list.Plugins != nil {
+		i := slices.IndexFunc(list.Plugins, isOurs)
+		if i < 0 {
+			return Config{}, fmt.Errorf("%w: add {\"type\": %q, …} to its plugins", ErrNotChained, PluginType)
+		}
+		stanza = list.Plugins[i]
+	}
+	c, err := Parse(stanza)
+	if err != nil {
+		return Config{}, err
+	}
+	if list.Plugins != nil {
+		c.Name, c.CNIVersion = list.Name, list.CNIVersion
+	}
+	if len(c.PodCIDRs) == 0 {
+		if c.PodCIDRs, err = podCIDRs(list.Plugins, flannelSubnetFile); err != nil {
+			return Config{}, err
+		}
+	}
+	return c, nil
+}
+
+func isOurs(stanza json.RawMessage) bool { return typeOf(stanza) == PluginType }
+
+func typeOf(stanza json.RawMessage) string {
+	var head struct {
+		Type string `json:"type"`
+	}
+	_ = json.Unmarshal(stanza, &head) // what is no object has no type
+	return head.Type
+}
+
+// find returns the first conflist, in the order of their names, that chains wgcni.
+func find(dir string) (string, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries { // sorted by name
+		if e.IsDir() || filepath.Ext(e.Name()) != ".conflist" {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return "", err
+		}
+		var list conflist
+		if json.Unmarshal(data, &list) == nil && slices.ContainsFunc(list.Plugins, isOurs) {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("%w in %s: add it to the list that the runtime uses, or give --config", ErrNotChained, dir)
+}
+
+// FindPodCIDRs looks up the ranges of this node for a network whose stanza does
+// not name them, as the plugin sees it: it gets its own stanza only. Nothing
+// found is no error; the pods are then announced one by one.
+func FindPodCIDRs(network, dir string) ([]netip.Prefix, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			continue
+		}
+		var list conflist
+		if json.Unmarshal(data, &list) == nil && list.Name == network && slices.ContainsFunc(list.Plugins, isOurs) {
+			return podCIDRs(list.Plugins, flannelSubnetFile)
+		}
+	}
+	return nil, nil
+}
+
+// podCIDRs takes the host-local ranges of the primary plugin, else flannel's
+// subnet file where flannel is the primary.
+func podCIDRs(plugins []json.RawMessage, subnetFile string) ([]netip.Prefix, error) {
+	if len(plugins) == 0 {
+		return nil, nil
+	}
+	if typeOf(plugins[0]) == "flannel" {
+		return flannelSubnets(subnetFile)
+	}
+	var primary struct {
+		IPAM struct {
+			Type   string `json:"type"`
+			Subnet string `json:"subnet"`
+			Ranges [][]struct {
+				Subnet string `json:"subnet"`
+			} `json:"ranges"`
+		} `json:"ipam"`
+	}
+	if json.Unmarshal(plugins[0], &primary) != nil || primary.IPAM.Type != "host-local" {
+		return nil, nil
+	}
+	subnets := []string{}
+	if primary.IPAM.Subnet != "" {
+		subnets = append(subnets, primary.IPAM.Subnet)
+	}
+	for _, set := range primary.IPAM.Ranges {
+		for _, r := range set {
+			subnets = append(subnets, r.Subnet)
+		}
+	}
+	var out []netip.Prefix
+	for _, s := range subnets {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, fmt.Errorf("host-local subnet %q of the primary plugin: %w", s, err)
+		}
+		out = append(out, p.Masked())
+	}
+	return out, nil
+}
+
+// flannelSubnets reads FLANNEL_SUBNET and FLANNEL_IPV6_SUBNET. The file is not
+// there before flanneld's first start; its ranges are then found at the next look.
+func flannelSubnets(path string) ([]netip.Prefix, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() //nolint:errcheck // read only
+	var out []netip.Prefix
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		key, value, _ := strings.Cut(lines.Text(), "=")
+		if key != "FLANNEL_SUBNET" && key != "FLANNEL_IPV6_SUBNET" {
+			continue
+		}
+		for s := range strings.SplitSeq(value, ",") {
+			p, err := netip.ParsePrefix(s)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %s: %w", path, key, err)
+			}
+			out = append(out, p.Masked()) // flannel writes the bridge's own address
+		}
+	}
+	return out, nil
+}
+
+// RunDirOf is the run folder of a stanza that may be wrong in all else: DEL
+// must do its work whatever has become of the configuration.
+func RunDirOf(stanza []byte) string {
+	var raw struct {
+		RunDir string `json:"runDir"`
+	}
+	if json.Unmarshal(stanza, &raw) != nil || !filepath.IsAbs(raw.RunDir) {
+		return DefaultRunDir
+	}
+	return filepath.Clean(raw.RunDir)
+}

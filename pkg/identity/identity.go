@@ -1,0 +1,87 @@
+// Package identity keeps the node's WireGuard private key.
+package identity
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/renameio/v2"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// keyFile holds the key as `wg genkey` prints it. It is durable: a key made
+// anew at each start would cut the node off from all its peers at each reboot.
+const keyFile = "private.key"
+
+// ErrNoKey says that the node has no key yet.
+var ErrNoKey = errors.New("this node has no key yet: start `wgcnid run` once")
+
+// hidden is what a secret prints.
+const hidden = "(hidden)"
+
+// PrivateKey is a node's private key. It prints itself as "(hidden)", in every way.
+type PrivateKey struct{ key wgtypes.Key }
+
+func (PrivateKey) String() string               { return hidden }
+func (PrivateKey) GoString() string             { return hidden }
+func (PrivateKey) MarshalText() ([]byte, error) { return []byte(hidden), nil }
+
+// Public is the key that others may know.
+func (k PrivateKey) Public() wgtypes.Key { return k.key.PublicKey() }
+
+// Reveal hands out the key itself, for the kernel alone.
+func (k PrivateKey) Reveal() wgtypes.Key { return k.key }
+
+// Path is the file in which the key of a state folder lies.
+func Path(stateDir string) string { return filepath.Join(stateDir, keyFile) }
+
+// Load reads the node's key. The error Is ErrNoKey if there is none yet.
+func Load(stateDir string) (PrivateKey, error) {
+	path := Path(stateDir)
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return PrivateKey{}, ErrNoKey
+	}
+	if err != nil {
+		return PrivateKey{}, err
+	}
+	if wide := info.Mode().Perm() &^ 0o600; wide != 0 {
+		return PrivateKey{}, fmt.Errorf("%s may be read by others (mode %04o): run `chmod 600 %s`", path, info.Mode().Perm(), path)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return PrivateKey{}, err
+	}
+	key, err := wgtypes.ParseKey(strings.TrimSpace(string(text)))
+	if err != nil {
+		// wgtypes' error may quote what it could not read.
+		return PrivateKey{}, fmt.Errorf("%s does not hold a key as `wg genkey` writes it: restore it, or delete it to get a new one", path)
+	}
+	return PrivateKey{key}, nil
+}
+
+// LoadOrCreate reads the node's key and makes one where there is none. Only the
+// helper calls it, of which one at most runs on a node.
+func LoadOrCreate(stateDir string) (PrivateKey, error) {
+	k, err := Load(stateDir)
+	if !errors.Is(err, ErrNoKey) {
+		return k, err
+	}
+	fresh, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		return PrivateKey{}, fmt.Errorf("make a private key: %w", err)
+	}
+	if err := os.MkdirAll(stateDir, 0o700); err != nil {
+		return PrivateKey{}, err
+	}
+	// Written aside, synced, renamed: a power cut leaves the old state or the new.
+	text := []byte(fresh.String() + "\n")
+	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.IgnoreUmask()); err != nil {
+		return PrivateKey{}, fmt.Errorf("write %s: %w", Path(stateDir), err)
+	}
+	return PrivateKey{fresh}, nil
+}

@@ -1,0 +1,359 @@
+package kernel
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"go4.org/netipx"
+	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// elementsPerMessage keeps a message well below 64 KiB, netlink's limit for an attribute.
+const elementsPerMessage = 500
+
+func (k *Kernel) nftConn() (*nftables.Conn, error) {
+	if k.nft == nil {
+		c, err := nftables.New(nftables.AsLasting())
+		if err != nil {
+			return nil, fmt.Errorf("open a netfilter socket: %w", err)
+		}
+		k.nft = c
+	}
+	return k.nft, nil
+}
+
+func table() *nftables.Table {
+	return &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}
+}
+
+// A family is what differs between IPv4 and IPv6 in sets and rules.
+type family struct {
+	name             string
+	v6               bool
+	setType          nftables.SetDatatype
+	nfproto          byte
+	saddr, daddr, ln uint32 // offsets of the addresses in the header, and their length
+}
+
+var families = []family{
+	{name: "4", setType: nftables.TypeIPAddr, nfproto: unix.NFPROTO_IPV4, saddr: 12, daddr: 16, ln: 4},
+	{name: "6", v6: true, setType: nftables.TypeIP6Addr, nfproto: unix.NFPROTO_IPV6, saddr: 8, daddr: 24, ln: 16},
+}
+
+// The sets of the table; each exists once a family, as local4 and local6.
+const (
+	setCluster = "cluster"
+	setGuarded = "guarded"
+	setLocal   = "local"
+	setExempt  = "exempt"
+	setPods    = "pods"
+)
+
+var prefixSets = []string{setCluster, setGuarded, setLocal}
+
+func (f family) set(name string) *nftables.Set {
+	return &nftables.Set{
+		Table: table(), Name: name + f.name, KeyType: f.setType,
+		Interval: slices.Contains(prefixSets, name),
+	}
+}
+
+// prefixesOf returns the field of the filter that a set of prefixes holds.
+func prefixesOf(f *mesh.Filter, name string) *[]netip.Prefix {
+	switch name {
+	case setCluster:
+		return &f.Cluster
+	case setGuarded:
+		return &f.Guarded
+	}
+	return &f.Local
+}
+
+// replaceFilter makes the table anew. It is one transaction: there is no moment without a guard.
+func (k *Kernel) replaceFilter(f mesh.Filter) error {
+	c, err := k.nftConn()
+	if err != nil {
+		return err
+	}
+	t := table()
+	c.AddTable(t) // so that the deletion cannot fail
+	c.DelTable(t)
+	c.AddTable(t)
+	for _, fam := range families {
+		for _, name := range []string{setCluster, setGuarded, setLocal, setExempt, setPods} {
+			if err := c.AddSet(fam.set(name), nil); err != nil {
+				return err
+			}
+		}
+	}
+	for _, name := range counterNames {
+		c.AddObj(counter(name))
+	}
+	for _, ch := range chains(f.Interface) {
+		nc := c.AddChain(ch.chain())
+		for _, r := range ch.rules {
+			c.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: r.exprs, UserData: comment(r.text)})
+		}
+	}
+	if err := fillSets(c, f); err != nil {
+		return err
+	}
+	if err := addPods(c, f.Pods); err != nil {
+		return err
+	}
+	return c.Flush()
+}
+
+// setFilter refills the sets in one transaction, so that no packet sees them empty.
+func (k *Kernel) setFilter(f mesh.Filter) error {
+	c, err := k.nftConn()
+	if err != nil {
+		return err
+	}
+	for _, fam := range families {
+		for _, name := range append(slices.Clone(prefixSets), setExempt) {
+			c.FlushSet(fam.set(name))
+		}
+	}
+	if err := fillSets(c, f); err != nil {
+		return err
+	}
+	return c.Flush()
+}
+
+func fillSets(c *nftables.Conn, f mesh.Filter) error {
+	for _, fam := range families {
+		for _, name := range prefixSets {
+			var elements []nftables.SetElement
+			for _, p := range *prefixesOf(&f, name) {
+				if p.Addr().Is6() == fam.v6 {
+					elements = append(elements, interval(p)...)
+				}
+			}
+			if err := addElements(c, fam.set(name), elements); err != nil {
+				return err
+			}
+		}
+		if err := addElements(c, fam.set(setExempt), hosts(fam, f.Exempt)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func addPods(c *nftables.Conn, pods []netip.Addr) error {
+	for _, fam := range families {
+		if err := addElements(c, fam.set(setPods), hosts(fam, pods)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func addElements(c *nftables.Conn, s *nftables.Set, elements []nftables.SetElement) error {
+	for chunk := range slices.Chunk(elements, elementsPerMessage) {
+		if err := c.SetAddElements(s, chunk); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *Kernel) setFilterPods(add, remove []netip.Addr) error {
+	c, err := k.nftConn()
+	if err != nil {
+		return err
+	}
+	if err := addPods(c, add); err != nil {
+		return err
+	}
+	if len(add) > 0 {
+		if err := c.Flush(); err != nil {
+			return err
+		}
+	}
+	// One by one: an element that is gone already would undo the whole batch.
+	for _, a := range remove {
+		for _, fam := range families {
+			if h := hosts(fam, []netip.Addr{a}); len(h) > 0 {
+				if err := c.SetDeleteElements(fam.set(setPods), h); err != nil {
+					return err
+				}
+			}
+		}
+		if err := ignoring(c.Flush(), unix.ENOENT); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *Kernel) removeFilter() error {
+	c, err := k.nftConn()
+	if err != nil {
+		return err
+	}
+	c.DelTable(table())
+	return ignoring(c.Flush(), unix.ENOENT)
+}
+
+func hosts(fam family, addrs []netip.Addr) []nftables.SetElement {
+	var out []nftables.SetElement
+	for _, a := range addrs {
+		if a.Is6() == fam.v6 {
+			out = append(out, nftables.SetElement{Key: a.AsSlice()})
+		}
+	}
+	return out
+}
+
+// interval is a prefix as the kernel wants it: its first address, and the first
+// address behind it. A prefix that reaches to the end of all addresses has no end.
+func interval(p netip.Prefix) []nftables.SetElement {
+	out := []nftables.SetElement{{Key: p.Addr().AsSlice()}}
+	if end := netipx.PrefixLastIP(p).Next(); end.IsValid() {
+		out = append(out, nftables.SetElement{Key: end.AsSlice(), IntervalEnd: true})
+	}
+	return out
+}
+
+// observeFilter reads the table. Chains and rules are compared with what we
+// would make by their comments: a rule cannot be changed in place without
+// losing them. Whatever differs makes the filter Broken.
+func (k *Kernel) observeFilter(s *mesh.State) error {
+	c, err := k.nftConn()
+	if err != nil {
+		return err
+	}
+	present, whole, err := k.observeChains(c)
+	if err != nil {
+		return fmt.Errorf("read nftables table %s: %w", TableName, err)
+	}
+	if !present {
+		return nil
+	}
+	if !whole {
+		s.Filter.Broken = true
+		return nil
+	}
+	s.Filter.Interface = k.Interface
+	for _, fam := range families {
+		if err := readSets(c, fam, &s.Filter); errors.Is(err, unix.ENOENT) {
+			s.Filter = mesh.Filter{Broken: true}
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read the sets of nftables table %s: %w", TableName, err)
+		}
+	}
+	return nil
+}
+
+func (k *Kernel) observeChains(c *nftables.Conn) (present, whole bool, err error) {
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, false, err
+	}
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName })
+	if i < 0 {
+		return false, false, nil
+	}
+	if tables[i].Flags != 0 { // dormant: its chains are not hooked
+		return true, false, nil
+	}
+	all, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return true, false, err
+	}
+	have := map[string]*nftables.Chain{}
+	for _, ch := range all {
+		if ch.Table.Name == TableName {
+			have[ch.Name] = ch
+		}
+	}
+	want := chains(k.Interface)
+	if len(have) != len(want) {
+		return true, false, nil
+	}
+	for _, w := range want {
+		h, ok := have[w.name]
+		if !ok || !w.sameHook(h) {
+			return true, false, nil
+		}
+		rules, err := c.GetRules(table(), h)
+		if err != nil {
+			return true, false, err
+		}
+		if !slices.EqualFunc(rules, w.rules, func(r *nftables.Rule, q chainRule) bool { return commentOf(r.UserData) == q.text }) {
+			return true, false, nil
+		}
+	}
+	return true, true, nil
+}
+
+func readSets(c *nftables.Conn, fam family, f *mesh.Filter) error {
+	for _, name := range prefixSets {
+		elements, err := c.GetSetElements(fam.set(name))
+		if err != nil {
+			return err
+		}
+		into := prefixesOf(f, name)
+		*into = append(*into, decodeIntervals(elements)...)
+	}
+	for name, into := range map[string]*[]netip.Addr{setExempt: &f.Exempt, setPods: &f.Pods} {
+		elements, err := c.GetSetElements(fam.set(name))
+		if err != nil {
+			return err
+		}
+		for _, e := range elements {
+			if a, ok := netip.AddrFromSlice(e.Key); ok {
+				*into = append(*into, a)
+			}
+		}
+	}
+	return nil
+}
+
+// decodeIntervals is the inverse of interval, for the elements in any order.
+func decodeIntervals(elements []nftables.SetElement) []netip.Prefix {
+	type bound struct {
+		at  netip.Addr
+		end bool
+	}
+	var bounds []bound
+	for _, e := range elements {
+		if a, ok := netip.AddrFromSlice(e.Key); ok {
+			bounds = append(bounds, bound{a, e.IntervalEnd})
+		}
+	}
+	slices.SortFunc(bounds, func(a, b bound) int {
+		ends := func(x bound) int {
+			if x.end {
+				return 0 // where one ends and the next begins, the end comes first
+			}
+			return 1
+		}
+		return cmp.Or(a.at.Compare(b.at), cmp.Compare(ends(a), ends(b)))
+	})
+	var out []netip.Prefix
+	var start netip.Addr
+	for _, b := range bounds {
+		switch {
+		case !b.end:
+			start = b.at
+		case start.IsValid():
+			out = append(out, netipx.IPRangeFrom(start, b.at.Prev()).Prefixes()...)
+			start = netip.Addr{}
+		}
+	}
+	if start.IsValid() {
+		last := netipx.PrefixLastIP(netip.PrefixFrom(start, 0).Masked())
+		out = append(out, netipx.IPRangeFrom(start, last).Prefixes()...)
+	}
+	return out
+}

@@ -1,0 +1,195 @@
+// Package kerneltest is a kernel in memory: it takes mesh.Ops, can be observed,
+// prints itself as text in the manner of ip(8), wg(8) and nft(8), and answers
+// where a packet would go.
+//
+// It refuses and forgets what Linux refuses and forgets, because the order of
+// the ops is what tests have to find fault with. It is for speed: pkg/kernel is
+// tested against real kernels as well.
+package kerneltest
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// MainTable is the number of Linux' main routing table, where foreign routes
+// say what is on this machine.
+const MainTable = 254
+
+// Uplink is the device by which packets leave the machine. What the main table
+// sends to any other device stays on it.
+const Uplink = "eth0"
+
+// Kernel is a kernel in memory. The zero value has nothing in it and is ready
+// for use. All methods may be called at the same time.
+type Kernel struct {
+	// FailAt, if set, is asked before each op. An error that it returns is the
+	// op's, and the op does nothing. Set it before use.
+	FailAt func(mesh.Op) error
+	// Name, if set, gives a public key the name under which String and Verdict
+	// show it; keys that it gives "" are shown whole. Set it before use.
+	Name func(wgtypes.Key) string
+
+	mu        sync.Mutex
+	link      mesh.Link
+	addresses map[netip.Prefix]bool
+	peers     map[wgtypes.Key]mesh.Peer    // without their allowed IPs
+	owners    map[netip.Prefix]wgtypes.Key // the allowed IPs: each has one peer
+	routes    map[routeKey]route           // ours and foreign ones
+	rules     map[mesh.Rule]bool           // true: foreign
+	filter    mesh.Filter
+}
+
+type routeKey struct {
+	prefix        netip.Prefix
+	table, metric int
+}
+
+type route struct {
+	mesh.Route
+	dev     string
+	foreign bool
+}
+
+func keyOf(r mesh.Route) routeKey { return routeKey{r.Prefix, r.Table, r.Metric} }
+
+// init makes the maps of a zero Kernel.
+func (k *Kernel) init() {
+	if k.peers == nil {
+		k.addresses = map[netip.Prefix]bool{}
+		k.peers = map[wgtypes.Key]mesh.Peer{}
+		k.owners = map[netip.Prefix]wgtypes.Key{}
+		k.routes = map[routeKey]route{}
+		k.rules = map[mesh.Rule]bool{}
+	}
+}
+
+// Observe returns all that is not foreign, sorted. It shares no memory with
+// the kernel, and its error is always nil.
+func (k *Kernel) Observe() (mesh.State, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.state(), nil
+}
+
+func (k *Kernel) state() mesh.State {
+	s := mesh.State{Link: k.link, Filter: cloneFilter(k.filter)}
+	for p := range k.addresses {
+		s.Addresses = append(s.Addresses, p)
+	}
+	allowed := make(map[wgtypes.Key][]netip.Prefix, len(k.peers))
+	for p, key := range k.owners {
+		allowed[key] = append(allowed[key], p)
+	}
+	for key, p := range k.peers {
+		p.AllowedIPs = allowed[key]
+		s.Peers = append(s.Peers, p)
+	}
+	for _, r := range k.routes {
+		if !r.foreign {
+			s.Routes = append(s.Routes, r.Route)
+		}
+	}
+	for r, foreign := range k.rules {
+		if !foreign {
+			s.Rules = append(s.Rules, r)
+		}
+	}
+	s.Sort()
+	return s
+}
+
+func cloneFilter(f mesh.Filter) mesh.Filter {
+	f.Cluster, f.Guarded, f.Local = slices.Clone(f.Cluster), slices.Clone(f.Guarded), slices.Clone(f.Local)
+	f.Pods, f.Exempt = slices.Clone(f.Pods), slices.Clone(f.Exempt)
+	return f
+}
+
+// AddForeignRoute puts in a route that is not ours, by the device dev.
+func (k *Kernel) AddForeignRoute(r mesh.Route, dev string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.init()
+	k.routes[keyOf(r)] = route{Route: r, dev: dev, foreign: true}
+}
+
+// AddForeignRule puts in a policy rule that is not ours.
+func (k *Kernel) AddForeignRule(r mesh.Rule) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.init()
+	k.rules[r] = true
+}
+
+// KillTunnel does what the death of a userspace tunnel's process does: the link
+// goes, and with it its addresses, its peers and the routes into it. All else stays.
+func (k *Kernel) KillTunnel() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.dropLink()
+}
+
+// BreakFilter does what a stranger's `nft flush table` does: the filter's table
+// is still there but drops nothing, and is observed as broken.
+func (k *Kernel) BreakFilter() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.filter.Broken = k.filter.Interface != ""
+}
+
+// Roam does what an authentic handshake from a new place does: the peer's
+// endpoint is now there, and its last handshake at that time. It does nothing
+// where there is no such peer.
+func (k *Kernel) Roam(peer wgtypes.Key, endpoint netip.AddrPort, at time.Time) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if p, ok := k.peers[peer]; ok {
+		p.Endpoint, p.LastHandshake = endpoint, at
+		k.peers[peer] = p
+	}
+}
+
+// dropLink removes the link with all that depends on it.
+func (k *Kernel) dropLink() {
+	k.link = mesh.Link{}
+	clear(k.addresses)
+	clear(k.peers)
+	clear(k.owners)
+	for key, r := range k.routes {
+		if !r.foreign && r.Type == mesh.ViaLink {
+			delete(k.routes, key)
+		}
+	}
+}
+
+// Apply does the ops in their order and stops at the first that fails. The
+// error names the op.
+func (k *Kernel) Apply(ops []mesh.Op) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.init()
+	for _, o := range ops {
+		err := k.failAt(o)
+		if err == nil {
+			err = k.apply(o)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", o, err)
+		}
+	}
+	return nil
+}
+
+func (k *Kernel) failAt(o mesh.Op) error {
+	if k.FailAt == nil {
+		return nil
+	}
+	return k.FailAt(o)
+}

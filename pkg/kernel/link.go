@@ -1,0 +1,164 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/mdlayher/genetlink"
+	"github.com/vishvananda/netlink"
+	"go4.org/netipx"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// link returns the interface of that name, or nil.
+func (k *Kernel) link(name string) (netlink.Link, error) {
+	l, err := k.rt.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look up interface %s: %w", name, err)
+	}
+	return l, nil
+}
+
+// observeLink reads the interface, its addresses and its peers. An interface of
+// our name that somebody else made is an error: its peers are not ours to remove.
+func (k *Kernel) observeLink(s *mesh.State) error {
+	l, err := k.link(k.Interface)
+	if err != nil || l == nil {
+		return err
+	}
+	foreign := fmt.Errorf("interface %s exists and was not made by wgcni: remove it, or set \"interface\" to another name", k.Interface)
+	if kind := l.Type(); kind != "wireguard" && kind != "tuntap" {
+		return foreign
+	}
+	d, err := k.wg.device(k.Interface)
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("interface %s exists, but no WireGuard answers for it: remove it with `ip link delete %s`", k.Interface, k.Interface)
+		}
+		return fmt.Errorf("read WireGuard interface %s: %w", k.Interface, err)
+	}
+	if l.Attrs().Alias != LinkAlias {
+		if (d.PublicKey != wgtypes.Key{}) && d.PrivateKey != (wgtypes.Key{}) || len(d.Peers) > 0 {
+			return foreign
+		}
+		// Fresh from a pass that was cut off between making it and marking it.
+		if err := k.rt.LinkSetAlias(l, LinkAlias); err != nil {
+			return fmt.Errorf("mark interface %s: %w", k.Interface, err)
+		}
+	}
+	s.Link = mesh.Link{
+		Name: k.Interface, MTU: l.Attrs().MTU, Up: l.Attrs().Flags&net.FlagUp != 0,
+		PublicKey: d.PublicKey, ListenPort: d.ListenPort, FwMark: uint32(d.FirewallMark),
+	}
+	s.Peers = decodePeers(d.Peers)
+	return k.observeAddresses(l, s)
+}
+
+func (k *Kernel) observeAddresses(l netlink.Link, s *mesh.State) error {
+	addrs, err := k.rt.AddrList(l, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("list addresses of %s: %w", k.Interface, err)
+	}
+	for _, a := range addrs {
+		p, ok := netipx.FromStdIPNet(a.IPNet)
+		if ok && !p.Addr().IsLinkLocalUnicast() { // the kernel's own
+			s.Addresses = append(s.Addresses, p)
+		}
+	}
+	return nil
+}
+
+// addLink makes the kernel's WireGuard interface, else starts a userspace one.
+func (k *Kernel) addLink(o mesh.AddLink) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = o.Name, o.MTU
+	err := k.rt.LinkAdd(&netlink.Wireguard{LinkAttrs: attrs})
+	switch {
+	case err == nil, errors.Is(err, unix.EEXIST):
+	case !errors.Is(err, unix.EOPNOTSUPP):
+		return err
+	case k.StartTunnel == nil:
+		return ErrNoWireGuard
+	default:
+		if err := k.StartTunnel(o.Name, o.MTU); err != nil {
+			return fmt.Errorf("start userspace WireGuard: %w", err)
+		}
+	}
+	l, err := k.rt.LinkByName(o.Name)
+	if err != nil {
+		return err
+	}
+	if err := k.rt.LinkSetAlias(l, LinkAlias); err != nil {
+		return fmt.Errorf("mark it: %w", err)
+	}
+	return nil
+}
+
+func (k *Kernel) setLink(o mesh.SetLink) error {
+	l, err := k.rt.LinkByName(o.Name)
+	if err != nil {
+		return err
+	}
+	if l.Attrs().MTU != o.MTU {
+		if err := k.rt.LinkSetMTU(l, o.MTU); err != nil {
+			return err
+		}
+	}
+	// Some distributions switch IPv6 off for new interfaces; the tunnel's own
+	// addresses would then be refused. Ours alone, so there is nothing to restore.
+	_ = writeSysctl("net/ipv6/conf/"+o.Name+"/disable_ipv6", "0")
+	return k.rt.LinkSetUp(l)
+}
+
+func writeSysctl(path, value string) error {
+	return os.WriteFile("/proc/sys/"+path, []byte(value), 0)
+}
+
+func (k *Kernel) removeLink(name string) error {
+	l, err := k.link(name)
+	if err != nil || l == nil {
+		return err
+	}
+	return ignoring(k.rt.LinkDel(l), unix.ENODEV)
+}
+
+func (k *Kernel) changeAddress(link string, p netip.Prefix, change func(netlink.Link, *netlink.Addr) error) error {
+	l, err := k.rt.LinkByName(link)
+	if err != nil {
+		return err
+	}
+	a := &netlink.Addr{IPNet: netipx.PrefixIPNet(p)}
+	if p.Addr().Is6() {
+		a.Flags = unix.IFA_F_NODAD // nobody else is on this link
+	}
+	return change(l, a)
+}
+
+// LinkUp reports whether the WireGuard interface is there and up.
+func (k *Kernel) LinkUp() (bool, error) {
+	l, err := k.link(k.Interface)
+	if err != nil || l == nil {
+		return false, err
+	}
+	return l.Attrs().Flags&net.FlagUp != 0, nil
+}
+
+// HasWireGuard reports whether this kernel has WireGuard. The question makes it load the module.
+func HasWireGuard() bool {
+	c, err := genetlink.Dial(nil)
+	if err != nil {
+		return false
+	}
+	defer c.Close() //nolint:errcheck // nothing is buffered
+	_, err = c.GetFamily(unix.WG_GENL_NAME)
+	return err == nil
+}

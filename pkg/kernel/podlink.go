@@ -1,0 +1,112 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// ErrBypassesHost says that a pod's packets never reach this node's routing,
+// so that nothing here can encrypt them.
+var ErrBypassesHost = errors.New("its packets bypass this node's routing")
+
+// PodLink is one pod's interface: a pair of which the node holds the other end.
+type PodLink struct {
+	pod  *netlink.Handle
+	link netlink.Link
+}
+
+// pairedKinds are the links whose other end lies in the node.
+var pairedKinds = map[string]bool{"veth": true, "netkit": true}
+
+// OpenPodLink finds an interface in the namespace at sandbox. It returns an error
+// that Is ErrBypassesHost where the interface is not one end of a pair.
+func OpenPodLink(sandbox, ifname string) (*PodLink, error) {
+	ns, err := netns.GetFromPath(sandbox)
+	if err != nil {
+		return nil, fmt.Errorf("open the pod's network namespace %s: %w", sandbox, err)
+	}
+	defer ns.Close() //nolint:errcheck // the handle has its own reference
+	pod, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("enter the pod's network namespace %s: %w", sandbox, err)
+	}
+	l, err := pod.LinkByName(ifname)
+	if err != nil {
+		pod.Close()
+		return nil, fmt.Errorf("find interface %s in %s: %w", ifname, sandbox, err)
+	}
+	if !pairedKinds[l.Type()] {
+		pod.Close()
+		return nil, fmt.Errorf("interface %s is of kind %q: %w", ifname, l.Type(), ErrBypassesHost)
+	}
+	return &PodLink{pod: pod, link: l}, nil
+}
+
+// Close releases the sockets.
+func (p *PodLink) Close() { p.pod.Close() }
+
+// MTU is that of the pod's end, in bytes.
+func (p *PodLink) MTU() int { return p.link.Attrs().MTU }
+
+// SetMTU sets the MTU of both ends, in bytes; one that is smaller already stays.
+// It returns what the pod's end has then.
+func (p *PodLink) SetMTU(mtu int) (int, error) {
+	if have := p.link.Attrs().MTU; have <= mtu {
+		return have, nil
+	}
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return 0, fmt.Errorf("open a netlink socket: %w", err)
+	}
+	defer host.Close()
+	if index := p.link.Attrs().ParentIndex; index > 0 {
+		peer, err := host.LinkByIndex(index)
+		if err != nil {
+			return 0, fmt.Errorf("find this node's end of the pod's link: %w", err)
+		}
+		if peer.Attrs().MTU > mtu {
+			if err := host.LinkSetMTU(peer, mtu); err != nil {
+				return 0, fmt.Errorf("set the MTU of %s to %d: %w", peer.Attrs().Name, mtu, err)
+			}
+		}
+	}
+	if err := p.pod.LinkSetMTU(p.link, mtu); err != nil {
+		return 0, fmt.Errorf("set the MTU of the pod's %s to %d: %w", p.link.Attrs().Name, mtu, err)
+	}
+	return mtu, nil
+}
+
+// nsfsMagic is the file system of namespace files, NSFS_MAGIC of <linux/magic.h>.
+const nsfsMagic = 0x6e736673
+
+// SandboxID names the namespace behind a path: the inode of its namespace
+// file. Zero if the path is no namespace file.
+func SandboxID(path string) uint64 {
+	var fs unix.Statfs_t
+	var st unix.Stat_t
+	if unix.Statfs(path, &fs) != nil || fs.Type != nsfsMagic || unix.Stat(path, &st) != nil {
+		return 0
+	}
+	return st.Ino
+}
+
+// SandboxGone reports whether the namespace that a path led to certainly does
+// not lie there any more. It says no in doubt: where the folder is missing or
+// is a mount that this process does not see, nothing can be known.
+func SandboxGone(path string, id uint64) bool {
+	if path == "" {
+		return false
+	}
+	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+		_, err := os.Stat(filepath.Dir(path))
+		return err == nil
+	}
+	now := SandboxID(path)
+	return id != 0 && now != 0 && now != id
+}

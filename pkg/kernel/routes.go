@@ -1,0 +1,172 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink"
+	"go4.org/netipx"
+	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// ip6DefaultMetric is what the kernel writes for an IPv6 route that names no
+// metric (IP6_RT_PRIO_USER).
+const ip6DefaultMetric = 1024
+
+var routeTypes = map[mesh.RouteType]int{
+	mesh.ViaLink:     unix.RTN_UNICAST,
+	mesh.Throw:       unix.RTN_THROW,
+	mesh.Unreachable: unix.RTN_UNREACHABLE,
+}
+
+// observeRoutes finds our routes by their protocol, in whatever table they are:
+// a changed `table` setting leaves none behind.
+func (k *Kernel) observeRoutes(s *mesh.State) error {
+	linkIndex := -1
+	if s.Link.Name != "" {
+		l, err := k.rt.LinkByName(s.Link.Name)
+		if err != nil {
+			return fmt.Errorf("look up interface %s: %w", s.Link.Name, err)
+		}
+		linkIndex = l.Attrs().Index
+	}
+	filter := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Protocol: RouteProtocol}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		err := retryInterrupted(func() error {
+			var found []mesh.Route
+			err := k.rt.RouteListFilteredIter(family, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL, func(r netlink.Route) bool {
+				if out, ok := decodeRoute(r, family, linkIndex); ok {
+					found = append(found, out)
+				}
+				return true
+			})
+			if err == nil {
+				s.Routes = append(s.Routes, found...)
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("list routes: %w", err)
+		}
+	}
+	return nil
+}
+
+// retryInterrupted repeats a dump that a concurrent change has cut in two.
+func retryInterrupted(dump func() error) (err error) {
+	for range 5 {
+		if err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return err
+		}
+	}
+	return err
+}
+
+// foreignLink marks a route of ours that leads to an interface that is not
+// ours: it equals no planned route, so it is replaced or removed.
+const foreignLink = mesh.RouteType(-1)
+
+func decodeRoute(r netlink.Route, family, linkIndex int) (mesh.Route, bool) {
+	out := mesh.Route{Table: r.Table, Metric: r.Priority}
+	if family == netlink.FAMILY_V6 && out.Metric == ip6DefaultMetric {
+		out.Metric = 0
+	}
+	if r.Dst == nil {
+		return out, false // a default route is never ours
+	}
+	prefix, ok := netipx.FromStdIPNet(r.Dst)
+	if !ok {
+		return out, false
+	}
+	out.Prefix = prefix
+	switch r.Type {
+	case unix.RTN_THROW:
+		out.Type = mesh.Throw
+	case unix.RTN_UNREACHABLE:
+		out.Type = mesh.Unreachable
+	default:
+		out.Type = mesh.ViaLink
+		if r.LinkIndex != linkIndex {
+			out.Type = foreignLink
+		}
+		if a, ok := netipx.FromStdIP(r.Src); ok {
+			out.Source = a
+		}
+	}
+	return out, true
+}
+
+func (k *Kernel) setRoute(o mesh.SetRoute) error {
+	r := encodeRoute(o.Route)
+	if o.Route.Type == mesh.ViaLink {
+		l, err := k.rt.LinkByName(o.Link)
+		if err != nil {
+			return err
+		}
+		r.LinkIndex = l.Attrs().Index
+		r.Scope = netlink.SCOPE_LINK
+		if o.Route.Source.IsValid() {
+			r.Src = o.Route.Source.AsSlice()
+		}
+	}
+	return k.rt.RouteReplace(r)
+}
+
+// removeRoute names type and metric, so that a route which has taken the place
+// of this one meanwhile is not hit.
+func (k *Kernel) removeRoute(r mesh.Route) error {
+	return ignoring(k.rt.RouteDel(encodeRoute(r)), unix.ESRCH, unix.ENOENT)
+}
+
+func encodeRoute(r mesh.Route) *netlink.Route {
+	kind, known := routeTypes[r.Type]
+	if !known {
+		kind = unix.RTN_UNICAST
+	}
+	out := &netlink.Route{
+		Dst: netipx.PrefixIPNet(r.Prefix), Table: r.Table, Protocol: RouteProtocol,
+		Type: kind, Priority: r.Metric, Family: netlink.FAMILY_V4,
+	}
+	if r.Prefix.Addr().Is6() {
+		out.Family = netlink.FAMILY_V6
+		if out.Priority == 0 {
+			out.Priority = ip6DefaultMetric
+		}
+	}
+	return out
+}
+
+func (k *Kernel) observeRules(s *mesh.State) error {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		var rules []netlink.Rule
+		err := retryInterrupted(func() (err error) {
+			rules, err = k.rt.RuleList(family)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("list rules: %w", err)
+		}
+		for _, r := range rules {
+			if r.Protocol == RouteProtocol {
+				s.Rules = append(s.Rules, mesh.Rule{
+					IPv6: family == netlink.FAMILY_V6, Priority: r.Priority, FwMark: r.Mark, Table: r.Table,
+				})
+			}
+		}
+	}
+	return nil
+}
+
+func rule(r mesh.Rule) *netlink.Rule {
+	out := netlink.NewRule()
+	out.Family = netlink.FAMILY_V4
+	if r.IPv6 {
+		out.Family = netlink.FAMILY_V6
+	}
+	mask := r.FwMark
+	out.Invert, out.Mark, out.Mask = true, r.FwMark, &mask
+	out.Priority, out.Table, out.Protocol = r.Priority, r.Table, RouteProtocol
+	return out
+}

@@ -1,0 +1,132 @@
+// Package userspace runs WireGuard where the kernel has none: one process an
+// interface, apart from the helper, so that a restart of the helper does not cut
+// the tunnel.
+//
+//	helper --Start--> tunnel process (Run) --> tun device + /run/wireguard/NAME.sock
+//
+// The process is found again by its device and its socket, as wg(8) finds it;
+// there is no other state to go stale. It ends when its device is deleted.
+package userspace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/ipc"
+	"golang.zx2c4.com/wireguard/tun"
+)
+
+// readyFD is the pipe by which the process tells that it can be configured.
+const readyFD = 3
+
+const ready = "ready\n"
+
+// startTimeout bounds the wait for a tunnel process to be ready.
+const startTimeout = 10 * time.Second
+
+// Command is the helper's hidden command under which Run is reached.
+const Command = "tunnel"
+
+// Start starts this very program once more, as `wgcnid tunnel NAME MTU` in a
+// session of its own, and returns when the interface can be configured. What
+// the process has to say goes to logFile.
+func Start(name string, mtu int, logFile string) error {
+	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer out.Close() //nolint:errcheck // the child has its own
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close() //nolint:errcheck // read only
+	// By /proc, since the file may have been replaced by a newer version.
+	cmd := exec.Command("/proc/self/exe", Command, name, strconv.Itoa(mtu))
+	cmd.Args[0] = "wgcnid"
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	w.Close() //nolint:errcheck // ours is not written to
+	if err != nil {
+		return err
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }() // for as long as the helper lives, so that no zombie stays
+
+	if err := r.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
+		return err
+	}
+	answer, err := io.ReadAll(io.LimitReader(r, int64(len(ready))))
+	if string(answer) == ready {
+		return nil
+	}
+	_ = cmd.Process.Kill()
+	<-exited
+	said, _ := os.ReadFile(logFile)
+	if last := strings.TrimSpace(string(said)); last != "" {
+		return errors.New(last)
+	}
+	if err != nil {
+		return fmt.Errorf("the tunnel process is not ready after %s: %w", startTimeout, err)
+	}
+	return errors.New("the tunnel process ended at once")
+}
+
+// Run is the tunnel process. It returns when the device is gone or ctx ends.
+func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
+	dev, err := tun.CreateTUN(name, mtu)
+	if err != nil {
+		return fmt.Errorf("make tun device %s: %w (is the tun module there, and /dev/net/tun?)", name, err)
+	}
+	socket, err := ipc.UAPIOpen(name)
+	if err != nil {
+		dev.Close() //nolint:errcheck // on the way out
+		return fmt.Errorf("open the control socket of %s: %w", name, err)
+	}
+	wg := device.NewDevice(dev, conn.NewDefaultBind(), &device.Logger{
+		Verbosef: device.DiscardLogf,
+		Errorf:   logs.Printf,
+	})
+	defer wg.Close()
+	listener, err := ipc.UAPIListen(name, socket)
+	if err != nil {
+		return fmt.Errorf("listen on the control socket of %s: %w", name, err)
+	}
+	defer listener.Close() //nolint:errcheck // on the way out
+	go func() {
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go wg.IpcHandle(c)
+		}
+	}()
+	tellReady()
+	select {
+	case <-wg.Wait():
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+func tellReady() {
+	if f := os.NewFile(readyFD, "ready"); f != nil {
+		_, _ = f.WriteString(ready) // started by hand there is nobody to tell
+		_ = f.Close()
+	}
+}

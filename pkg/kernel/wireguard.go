@@ -1,0 +1,161 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"go4.org/netipx"
+	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// wireguard is the wgctrl client, dialled by its first use.
+type wireguard struct {
+	client *wgctrl.Client
+}
+
+func (w *wireguard) close() {
+	if w.client != nil {
+		_ = w.client.Close()
+		w.client = nil
+	}
+}
+
+// device reads an interface. The kernel may have loaded its module since the
+// last dial, which the client would not notice: so a device that is not found
+// is looked for once more with a new client.
+func (w *wireguard) device(name string) (d *wgtypes.Device, err error) {
+	for range 2 {
+		if w.client == nil {
+			if w.client, err = wgctrl.New(); err != nil {
+				return nil, err
+			}
+		}
+		if d, err = w.client.Device(name); !errors.Is(err, os.ErrNotExist) {
+			return d, err
+		}
+		w.close()
+	}
+	return nil, err
+}
+
+// configure makes sure of a client that sees the device, then hands it the change.
+func (w *wireguard) configure(name string, c wgtypes.Config) (err error) {
+	for range 2 {
+		if w.client == nil {
+			if w.client, err = wgctrl.New(); err != nil {
+				return err
+			}
+		}
+		if err = w.client.ConfigureDevice(name, c); !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		w.close()
+	}
+	return err
+}
+
+func (k *Kernel) configureLink(l mesh.Link) error {
+	if k.PrivateKey == nil {
+		return errors.New("no private key at hand")
+	}
+	key, err := k.PrivateKey()
+	if err != nil {
+		return err
+	}
+	if key.PublicKey() != l.PublicKey {
+		return errors.New("the private key has changed since the plan was made; the next pass will use it")
+	}
+	mark := int(l.FwMark)
+	err = k.wg.configure(l.Name, wgtypes.Config{PrivateKey: &key, ListenPort: &l.ListenPort, FirewallMark: &mark})
+	if err != nil {
+		return fmt.Errorf("%w (is UDP port %d taken? set \"listenPort\" to another)", err, l.ListenPort)
+	}
+	return nil
+}
+
+func isPeerOp(op mesh.Op) bool {
+	switch op.(type) {
+	case mesh.SetPeer, mesh.RemovePeer:
+		return true
+	}
+	return false
+}
+
+// leadingPeerOps counts the peer ops at the head of ops that may share one
+// message: those that name each peer once, and remove no single allowed IP.
+func leadingPeerOps(ops []mesh.Op) int {
+	n := 0
+	for ; n < len(ops); n++ {
+		if o, ok := ops[n].(mesh.SetPeer); !isPeerOp(ops[n]) || ok && len(o.Remove) > 0 {
+			break
+		}
+	}
+	return max(n, 1)
+}
+
+func (k *Kernel) applyPeers(ops []mesh.Op) error {
+	if o, ok := ops[0].(mesh.SetPeer); ok && len(o.Remove) > 0 {
+		return k.removeAllowedIPs(o)
+	}
+	var c wgtypes.Config
+	link := ""
+	for _, op := range ops {
+		switch o := op.(type) {
+		case mesh.SetPeer:
+			link = o.Link
+			c.Peers = append(c.Peers, encodePeer(o))
+		case mesh.RemovePeer:
+			link = o.Link
+			// UpdateOnly: a peer that is gone already is not made first.
+			c.Peers = append(c.Peers, wgtypes.PeerConfig{PublicKey: o.PublicKey, Remove: true, UpdateOnly: true})
+		}
+	}
+	if err := k.wg.configure(link, c); err != nil {
+		if len(ops) == 1 {
+			return err
+		}
+		return fmt.Errorf("%s, and %d peers more: %w", ops[0], len(ops)-1, err)
+	}
+	return nil
+}
+
+func encodePeer(o mesh.SetPeer) wgtypes.PeerConfig {
+	p := wgtypes.PeerConfig{PublicKey: o.PublicKey, PersistentKeepaliveInterval: o.Keepalive}
+	if o.Endpoint.IsValid() {
+		p.Endpoint = net.UDPAddrFromAddrPort(o.Endpoint)
+	}
+	for _, prefix := range o.Add {
+		p.AllowedIPs = append(p.AllowedIPs, *netipx.PrefixIPNet(prefix))
+	}
+	return p
+}
+
+func decodePeers(in []wgtypes.Peer) []mesh.Peer {
+	out := make([]mesh.Peer, 0, len(in))
+	for _, p := range in {
+		d := mesh.Peer{
+			PublicKey: p.PublicKey, Keepalive: p.PersistentKeepaliveInterval,
+			ReceiveBytes: p.ReceiveBytes, TransmitBytes: p.TransmitBytes,
+		}
+		if p.LastHandshakeTime.Unix() > 0 {
+			d.LastHandshake = p.LastHandshakeTime
+		}
+		if p.Endpoint != nil {
+			ap := p.Endpoint.AddrPort()
+			d.Endpoint = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+		}
+		for i := range p.AllowedIPs {
+			if prefix, ok := netipx.FromStdIPNet(&p.AllowedIPs[i]); ok {
+				d.AllowedIPs = append(d.AllowedIPs, prefix)
+			}
+		}
+		out = append(out, d)
+	}
+	return out
+}

@@ -1,0 +1,179 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/wgcni/wgcni/pkg/registry"
+)
+
+// removed reports whether a tombstone has taken the place of our record in
+// this run. One from before it is no reason not to join again.
+func (l *Loop) removed() bool {
+	if l.fresh == nil || !l.joined {
+		return false
+	}
+	theirs, ok := l.fresh.Nodes[l.config.NodeName]
+	return ok && theirs.Left && theirs.Revision > l.known.Self.Revision
+}
+
+// announce publishes our record if the registry does not have it as it is now.
+func (l *Loop) announce(now time.Time) {
+	if l.fresh == nil {
+		return // its revision of our record is not known yet
+	}
+	self := l.known.Self
+	theirs, there := l.fresh.Nodes[self.Name]
+	if l.published != nil {
+		theirs, there = *l.published, true
+	}
+	if there && sameContent(theirs, self) {
+		l.joined, l.rival = true, false
+		l.known.Self.Revision = theirs.Revision
+		return
+	}
+	if there && l.joined && !theirs.Left && theirs.PublicKey != self.PublicKey {
+		if !l.rival {
+			l.Log.Error("another node publishes under this node's name; its record stays", "name", self.Name, "mend", "set \"nodeName\" so that each node has its own")
+		}
+		l.rival = true
+		return
+	}
+	if pending := l.publisher.pending(); pending != nil && sameContent(*pending, self) {
+		return
+	}
+	last := max(self.Revision, theirs.Revision, l.known.Records.Nodes[self.Name].Revision)
+	self.Revision = registry.NextRevision(last, now)
+	l.known.Self.Revision = self.Revision
+	l.publisher.put(self)
+}
+
+// sameContent compares all but the revision.
+func sameContent(a, b registry.Record) bool {
+	a.Revision = b.Revision
+	return a.Equal(b)
+}
+
+func (l *Loop) hearPublished(r publishResult) {
+	switch {
+	case r.err == nil:
+		l.joined = true
+		l.published = &r.record
+		l.Log.Info("published", "registry", l.Registry.String(), "revision", r.record.Revision,
+			"prefixes", len(r.record.Prefixes), "pods", len(r.record.Pods))
+	case errors.Is(r.err, registry.ErrStale):
+		// Somebody was quicker; the registry's next word tells with what.
+		l.Log.Warn("record not published; trying again", "error", r.err)
+		l.known.Self.Revision = max(l.known.Self.Revision, staleKnown(r.err))
+	default:
+		l.Log.Warn("record not published; trying again", "registry", l.Registry.String(), "error", r.err)
+	}
+}
+
+func staleKnown(err error) uint64 {
+	var s registry.Stale
+	errors.As(err, &s)
+	return s.Known
+}
+
+type publishResult struct {
+	record registry.Record
+	err    error
+}
+
+// publisher publishes in the background, the latest record only, until it
+// succeeds: a registry that is slow or away holds nothing up.
+type publisher struct {
+	results chan publishResult
+	wake    chan struct{}
+	done    chan struct{}
+
+	mu   sync.Mutex
+	want *registry.Record
+}
+
+const (
+	publishTimeout  = 30 * time.Second
+	publishRetry    = 200 * time.Millisecond
+	publishRetryMax = 5 * time.Second
+)
+
+func newPublisher(ctx context.Context, r registry.Registry) *publisher {
+	p := &publisher{results: make(chan publishResult), wake: make(chan struct{}, 1), done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.run(ctx, r)
+	}()
+	return p
+}
+
+func (p *publisher) run(ctx context.Context, r registry.Registry) {
+	retry := publishRetry
+	for {
+		record := p.pending()
+		if record == nil {
+			select {
+			case <-p.wake:
+				continue
+			case <-ctx.Done():
+				return
+			}
+		}
+		publishing, cancel := context.WithTimeout(ctx, publishTimeout)
+		err := r.Publish(publishing, *record)
+		cancel()
+		if err == nil || errors.Is(err, registry.ErrStale) {
+			p.drop(record)
+			retry = publishRetry
+		}
+		select {
+		case p.results <- publishResult{*record, err}:
+		case <-ctx.Done():
+			return
+		}
+		if err == nil || errors.Is(err, registry.ErrStale) {
+			continue
+		}
+		select {
+		case <-time.After(retry):
+			retry = min(2*retry, publishRetryMax)
+		case <-p.wake:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (p *publisher) put(r registry.Record) {
+	p.mu.Lock()
+	p.want = &r
+	p.mu.Unlock()
+	poke(p.wake)
+}
+
+func (p *publisher) pending() *registry.Record {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.want
+}
+
+// drop forgets a record that was published, unless a newer one waits.
+func (p *publisher) drop(r *registry.Record) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.want == r {
+		p.want = nil
+	}
+}
+
+func (p *publisher) wait() { <-p.done }
+
+// poke wakes whoever reads c; once is enough.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

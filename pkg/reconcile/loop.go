@@ -1,0 +1,363 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// ErrLeft says that this node's record was replaced by a tombstone while the
+// helper ran: somebody wants the node out of the mesh.
+var ErrLeft = errors.New("this node was removed from the mesh")
+
+const (
+	// resyncInterval is how often everything is looked at although nothing has
+	// told of a change: WireGuard's peers change without a word.
+	resyncInterval = 10 * time.Second
+	// passGap is the least time between the starts of two passes, so that a
+	// storm of events costs a few passes and not one each. The first event after
+	// a quiet time is served at once.
+	passGap = 10 * time.Millisecond
+	// retryAfter is when a pass that failed is tried again.
+	retryAfter = time.Second
+	// storeTimeout bounds the wait for the store of this boot.
+	storeTimeout = 5 * time.Second
+)
+
+// LoopKernel is a Kernel that tells of changes, and of the network below.
+type LoopKernel interface {
+	Kernel
+	Watch(context.Context) (<-chan kernel.Event, error)
+	Underlay() (kernel.Underlay, error)
+}
+
+// Loop keeps a node's kernel as planned, and its record published, for ever.
+// All fields but Adopt and Report are required.
+type Loop struct {
+	// Load reads the configuration; it is read again at every resync, since
+	// what it finds in other files (flannel's) may come later.
+	Load     func() (config.Config, error)
+	Key      wgtypes.Key // public
+	Kernel   LoopKernel
+	Registry registry.Registry
+	Resolver *Resolver
+	Log      *slog.Logger
+	Now      func() time.Time
+	// Adopt returns the attachments that the runtime knows of. It is asked at
+	// the start, and when the store had to be replaced.
+	Adopt func(config.Config) ([]store.Attachment, error)
+	// Report is told after every pass how things stand.
+	Report func(Report)
+
+	config    config.Config
+	known     store.Known
+	saved     store.Known // what peers.db holds
+	underlay  kernel.Underlay
+	fresh     *registry.Snapshot // what the registry said last; nil before its first word
+	away      error              // why the registry cannot be read, nil if it can
+	awaySince time.Time
+	observed  *mesh.State // what the kernel holds as far as is known; nil: ask it
+	moved     map[wgtypes.Key]bool
+	joined    bool             // our record was in the registry at some time of this run
+	rival     bool             // somebody else publishes under our name
+	pods      []netip.Addr     // attached to this node, as of the last pass
+	published *registry.Record // what was published since the registry's last word
+	publisher *publisher
+}
+
+// Report is how things stand after a pass.
+type Report struct {
+	At            time.Time       `json:"at"`
+	Error         string          `json:"error,omitempty"`         // of the last pass
+	RegistryError string          `json:"registryError,omitempty"` // why it cannot be read or written
+	RegistrySince time.Time       `json:"registrySince,omitzero"`  // since when
+	Conflicts     []mesh.Conflict `json:"conflicts,omitempty"`
+	Invalid       []string        `json:"invalid,omitempty"` // records that were refused
+	Rival         bool            `json:"rival,omitempty"`   // another node uses our name
+}
+
+// Run keeps at it until ctx ends. It then leaves the kernel as it is: traffic
+// goes on. The error is nil, or ErrLeft, or says why it could not begin.
+func (l *Loop) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := l.begin(ctx); err != nil {
+		return err
+	}
+	kernelEvents, err := l.Kernel.Watch(ctx)
+	if err != nil {
+		return err
+	}
+	storeEvents := watchStore(ctx, l.config.RunDir, l.Log)
+	updates := l.Registry.Watch(ctx)
+	resolved := make(chan struct{}, 1)
+	l.Resolver.Changed = func() { poke(resolved) }
+	l.publisher = newPublisher(ctx, l.Registry)
+	resync := time.NewTicker(resyncInterval)
+	defer resync.Stop()
+	wake := time.NewTimer(0) // the first pass is due at once
+	due, last := true, time.Time{}
+
+	for {
+		select {
+		case <-ctx.Done():
+			l.publisher.wait()
+			return nil
+		case e, ok := <-kernelEvents:
+			if !ok {
+				if ctx.Err() == nil {
+					return errors.New("the kernel's notifications ended")
+				}
+				kernelEvents = nil
+			}
+			if e.Ours {
+				l.observed = nil
+			}
+			if e.Underlay && !l.lookBelow() && !e.Ours {
+				continue
+			}
+		case <-storeEvents:
+		case <-resolved:
+		case u, ok := <-updates:
+			if ok { // closed when ctx ends
+				l.hear(u)
+			}
+		case result := <-l.publisher.results:
+			l.hearPublished(result)
+		case <-resync.C:
+			l.resync(ctx)
+		case <-wake.C:
+			due = false
+			last = l.Now()
+			if _, err := l.pass(ctx); errors.Is(err, ErrLeft) {
+				return err
+			} else if err != nil {
+				due = true
+				wake.Reset(retryAfter)
+			}
+			continue
+		}
+		if !due || l.Now().Sub(last) > passGap {
+			due = true
+			wake.Reset(max(passGap-l.Now().Sub(last), 0))
+		}
+	}
+}
+
+// Once does a single pass, after asking the registry once, and returns what it
+// did. Where publish is false only the kernel is touched: a running helper does
+// the rest.
+func (l *Loop) Once(ctx context.Context, publish bool) (Outcome, error) {
+	if err := l.begin(ctx); err != nil {
+		return Outcome{}, err
+	}
+	l.publisher = &publisher{wake: make(chan struct{}, 1)}
+	if publish {
+		snapshot, err := l.Registry.Snapshot(ctx)
+		l.hear(registry.Update{Snapshot: snapshot, Err: err})
+	}
+	outcome, err := l.pass(ctx)
+	if record := l.publisher.pending(); publish && record != nil {
+		err = errors.Join(err, l.Registry.Publish(ctx, *record))
+	}
+	return outcome, err
+}
+
+func (l *Loop) begin(ctx context.Context) (err error) {
+	if l.config, err = l.Load(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	known, damaged, err := store.LoadKnown(ctx, l.config.StateDir)
+	if err != nil {
+		return err
+	}
+	if damaged != nil {
+		l.Log.Warn(damaged.Error(), "mend", "nothing to do: it is filled again from the registry")
+	}
+	l.known, l.saved = known.Clone(), known
+	if l.known.Records.Nodes == nil {
+		l.known.Records = registry.NewSnapshot()
+	}
+	if !l.lookBelow() && l.underlay.MTU == 0 && l.config.Endpoint == "" {
+		l.Log.Warn("no default route: this node has no address that others could reach it at", "mend", "set \"endpoint\", unless it lies behind NAT")
+	}
+	l.sweep(ctx)
+	l.adopt(ctx)
+	return nil
+}
+
+// lookBelow reads the underlay and reports whether it has changed.
+func (l *Loop) lookBelow() bool {
+	u, err := l.Kernel.Underlay()
+	if err != nil {
+		l.Log.Warn("cannot read the underlay", "error", err)
+		return false
+	}
+	changed := fmt.Sprint(u) != fmt.Sprint(l.underlay)
+	l.underlay = u
+	return changed
+}
+
+// hear takes in what the registry says.
+func (l *Loop) hear(u registry.Update) {
+	if u.Err != nil {
+		if l.away == nil {
+			l.awaySince = l.Now()
+		}
+		l.away = u.Err
+		// Whatever it had of us may be gone: our record is offered until it is taken.
+		l.fresh, l.published = &registry.Snapshot{}, nil
+		l.Log.Warn("registry cannot be read; going on with what is known", "registry", l.Registry.String(), "error", u.Err)
+		return
+	}
+	if l.away != nil {
+		l.Log.Info("registry can be read again", "registry", l.Registry.String())
+		l.away = nil
+	}
+	merged, stale := registry.Merge(l.known.Records, u.Snapshot)
+	for _, s := range stale {
+		if s.Name != l.config.NodeName {
+			l.Log.Warn("record refused", "error", s)
+		}
+	}
+	for name, err := range u.Snapshot.Invalid {
+		l.Log.Warn("record refused", "node", name, "error", err)
+	}
+	l.known.Records, l.fresh, l.published = merged, &u.Snapshot, nil
+}
+
+// resync looks at everything anew.
+func (l *Loop) resync(ctx context.Context) {
+	l.observed = nil
+	if c, err := l.Load(); err != nil {
+		l.Log.Warn("configuration cannot be read; going on with the last one", "error", err)
+	} else {
+		c.RunDir, c.StateDir = l.config.RunDir, l.config.StateDir // they need a restart
+		l.config = c
+	}
+	l.lookBelow()
+	l.sweep(ctx)
+}
+
+// pass makes the kernel, the disk and the registry agree with what is known.
+func (l *Loop) pass(ctx context.Context) (Outcome, error) {
+	now := l.Now()
+	if l.removed() {
+		return Outcome{}, ErrLeft
+	}
+	l.resolveEndpoints(ctx, now)
+	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, l.known.Self, now)
+	l.known.MTU = FindMTU(l.underlay, l.known.Self, l.known.Records)
+
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	o, err := Pass{
+		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Observed: l.observed,
+		Context: mesh.Context{Now: now, Moved: l.moved},
+	}.Run(ctx)
+	if o.Damaged != nil {
+		l.Log.Warn(o.Damaged.Error(), "mend", "nothing to do: it is filled again from the runtime's cached results")
+		l.adopt(ctx)
+	}
+	l.logOps(o.Ops)
+	if err != nil {
+		l.observed = nil
+		l.Log.Error("pass failed; trying again", "error", err)
+	} else {
+		l.observed, l.moved = &o.Plan.State, nil
+		l.pods = store.Addresses(o.Pods)
+		l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, l.known.Self, now)
+	}
+	l.announce(now)
+	l.save(ctx)
+	l.report(o, err)
+	return o, err
+}
+
+// manyOps is from how many ops on a pass is logged as a summary.
+const manyOps = 40
+
+func (l *Loop) logOps(ops []mesh.Op) {
+	level := slog.LevelInfo
+	if len(ops) > manyOps {
+		level = slog.LevelDebug
+		kinds := map[string]int{}
+		for _, op := range ops {
+			kinds[strings.TrimPrefix(fmt.Sprintf("%T", op), "mesh.")]++
+		}
+		l.Log.Info("apply", "ops", len(ops), "kinds", kinds)
+	}
+	for _, op := range ops {
+		l.Log.Log(context.Background(), level, "apply", "op", op.String())
+	}
+}
+
+func (l *Loop) resolveEndpoints(ctx context.Context, now time.Time) {
+	resolved := make(map[string]netip.AddrPort, len(l.known.Endpoints))
+	for name, r := range l.known.Records.Nodes {
+		if r.Left || name == l.config.NodeName {
+			continue
+		}
+		before := l.known.Endpoints[name]
+		e := l.Resolver.Endpoint(ctx, r, l.underlay.Addresses, before, now)
+		if !e.IsValid() {
+			continue
+		}
+		resolved[name] = e
+		if before.IsValid() && before != e {
+			if l.moved == nil {
+				l.moved = map[wgtypes.Key]bool{}
+			}
+			l.moved[r.PublicKey] = true
+		}
+	}
+	l.known.Endpoints = resolved
+}
+
+// save writes what has changed to the disk. It comes after the kernel: traffic
+// does not wait for a disk.
+func (l *Loop) save(ctx context.Context) {
+	if l.known.Equal(l.saved) {
+		return
+	}
+	if err := store.SaveKnown(ctx, l.config.StateDir, l.saved, l.known); err != nil {
+		l.Log.Error("cannot save what is known of the mesh; after a reboot this node would need the registry", "error", err)
+		return
+	}
+	l.saved = l.known.Clone()
+}
+
+func (l *Loop) report(o Outcome, err error) {
+	if l.Report == nil {
+		return
+	}
+	r := Report{At: l.Now(), Conflicts: o.Plan.Conflicts, Rival: l.rival}
+	if err != nil {
+		r.Error = err.Error()
+	}
+	if l.away != nil {
+		r.RegistryError, r.RegistrySince = l.away.Error(), l.awaySince
+	}
+	if l.fresh != nil {
+		for name, err := range l.fresh.Invalid {
+			r.Invalid = append(r.Invalid, name+": "+err.Error())
+		}
+		slices.Sort(r.Invalid)
+	}
+	l.Report(r)
+}

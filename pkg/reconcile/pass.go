@@ -1,0 +1,204 @@
+package reconcile
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// Kernel is what plans are carried into.
+type Kernel interface {
+	Observe() (mesh.State, error)
+	Apply([]mesh.Op) error
+}
+
+var _ Kernel = (*kernel.Kernel)(nil)
+
+// Facts joins what the configuration, the key, the mesh and the pods say.
+func Facts(c config.Config, key wgtypes.Key, known store.Known, pods []netip.Addr) mesh.Facts {
+	f := mesh.Facts{Settings: c.Settings, LocalPods: pods}
+	if f.MTU == 0 {
+		f.MTU = known.MTU
+	}
+	f.Self = node(known.Self, known.Endpoints)
+	f.Self.Name, f.Self.PublicKey = c.NodeName, key
+	for _, r := range known.Records.Nodes {
+		if !r.Left && r.Name != c.NodeName {
+			f.Nodes = append(f.Nodes, node(r, known.Endpoints))
+		}
+	}
+	return f
+}
+
+func node(r registry.Record, endpoints map[string]netip.AddrPort) mesh.Node {
+	return mesh.Node{
+		Name: r.Name, PublicKey: r.PublicKey, Endpoint: endpoints[r.Name],
+		Prefixes: r.Prefixes, Pods: r.Pods, Addresses: r.Addresses, Since: r.Since,
+	}
+}
+
+// Digest names the settings that a plan is made from. It tells the plugin
+// whether the plan that was applied is still the one it was configured for.
+func Digest(s mesh.Settings) string {
+	text, err := json.Marshal(s)
+	if err != nil {
+		panic(err) // Settings has nothing that could fail
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:8])
+}
+
+// Pass is one observe, diff and apply.
+type Pass struct {
+	Config  config.Config
+	Kernel  Kernel
+	Known   store.Known
+	Key     wgtypes.Key // public; zero if the node has none yet
+	Context mesh.Context
+	// Observed is used instead of asking the kernel. Optional.
+	Observed *mesh.State
+}
+
+// Outcome is what a Pass did.
+type Outcome struct {
+	Observed mesh.State
+	Plan     mesh.Plan
+	Ops      []mesh.Op // empty: the kernel held the plan already
+	Pods     []store.Attachment
+	Damaged  *store.Damaged // the store, if it had to be replaced
+}
+
+// Compare observes and plans, and changes nothing: Ops is what Run would do.
+func (p Pass) Compare(ctx context.Context) (o Outcome, err error) {
+	// The kernel first, then the store: ADD writes in the other order, so that
+	// nothing which is seen in the kernel can be missing from the store.
+	if p.Observed != nil {
+		o.Observed = *p.Observed
+	} else if o.Observed, err = p.Kernel.Observe(); err != nil {
+		return o, err
+	}
+	st, err := store.OpenAttachments(ctx, p.Config.RunDir)
+	if err != nil {
+		return o, err
+	}
+	o.Pods, err = st.All()
+	o.Damaged = st.Damaged()
+	if err := errors.Join(err, st.Close()); err != nil {
+		return o, fmt.Errorf("read %s: %w", store.AttachmentsPath(p.Config.RunDir), err)
+	}
+	p.plan(&o)
+	return o, nil
+}
+
+func (p Pass) plan(o *Outcome) {
+	o.Plan = mesh.NewPlan(Facts(p.Config, p.Key, p.Known, store.Addresses(o.Pods)))
+	o.Ops = mesh.Diff(o.Observed, o.Plan.State, p.Context)
+}
+
+// Run makes the kernel hold the plan. What concerns this node's own pods is
+// applied under the store's lock, so that it agrees with the store whatever
+// ADDs and DELs run beside it; the rest, which may take long, is not.
+//
+// An error that Is kernel.ErrNoWireGuard means that all but the tunnel is in place.
+func (p Pass) Run(ctx context.Context) (Outcome, error) {
+	o, err := p.Compare(ctx)
+	if err != nil {
+		return o, err
+	}
+	if local, _ := mesh.Split(o.Ops); len(local) > 0 {
+		if err := p.applyLocal(ctx, &o); err != nil {
+			return o, err
+		}
+	}
+	_, others := mesh.Split(o.Ops)
+	err = p.Kernel.Apply(others)
+	if err == nil || errors.Is(err, kernel.ErrNoWireGuard) {
+		err = errors.Join(err, p.recordApplied(ctx, o))
+	}
+	return o, err
+}
+
+// applyLocal looks at the store once more, now under its lock, and applies the local part.
+func (p Pass) applyLocal(ctx context.Context, o *Outcome) (err error) {
+	st, err := store.OpenAttachments(ctx, p.Config.RunDir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+	pods, err := st.All()
+	if err != nil {
+		return err
+	}
+	if !slices.Equal(store.Addresses(pods), store.Addresses(o.Pods)) {
+		o.Pods = pods
+		p.plan(o)
+	}
+	local, _ := mesh.Split(o.Ops)
+	return p.Kernel.Apply(local)
+}
+
+// recordApplied lets the plugin's verbs take the short way from now on.
+func (p Pass) recordApplied(ctx context.Context, o Outcome) error {
+	st, err := store.OpenAttachments(ctx, p.Config.RunDir)
+	if err != nil {
+		return err
+	}
+	now := store.Applied{Settings: Digest(p.Config.Settings), MTU: mtuOf(p.Config, p.Known), At: p.Context.Now}
+	for _, c := range p.Known.Self.Prefixes {
+		now.Prefixes = append(now.Prefixes, c.Prefix)
+	}
+	was, ok, err := st.Applied()
+	if same := ok && was.Settings == now.Settings && was.MTU == now.MTU && slices.Equal(was.Prefixes, now.Prefixes); err == nil && !same {
+		err = st.SetApplied(now)
+	}
+	return errors.Join(err, st.Close())
+}
+
+func mtuOf(c config.Config, known store.Known) int {
+	if c.MTU != 0 {
+		return c.MTU
+	}
+	return known.MTU
+}
+
+// PodChange is the part of the plan that one pod's coming or going changes: the
+// ops between the plan before and the plan after, both without any other node.
+// Its cost does not grow with the mesh.
+func PodChange(c config.Config, prefixes []netip.Prefix, before, after []store.Attachment) []mesh.Op {
+	self := mesh.Node{Name: c.NodeName}
+	for _, p := range prefixes {
+		self.Prefixes = append(self.Prefixes, mesh.Claim{Prefix: p})
+	}
+	plan := func(pods []store.Attachment) mesh.State {
+		return mesh.NewPlan(mesh.Facts{Settings: c.Settings, Self: self, LocalPods: store.Addresses(pods)}).State
+	}
+	return mesh.Diff(plan(before), plan(after), mesh.Context{Now: time.Time{}})
+}
+
+// Clear removes all of ours from the kernel.
+func Clear(k Kernel, log *slog.Logger) error {
+	observed, err := k.Observe()
+	if err != nil {
+		return err
+	}
+	ops := mesh.Diff(observed, mesh.State{}, mesh.Context{})
+	for _, op := range ops {
+		log.Info("apply", "op", op.String())
+	}
+	return k.Apply(ops)
+}

@@ -1,0 +1,138 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// sweep forgets attachments whose sandbox is gone: their DEL never came.
+func (l *Loop) sweep(ctx context.Context) {
+	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {
+		all, err := st.All()
+		if err != nil {
+			return err
+		}
+		var gone []store.Attachment
+		for _, at := range all {
+			if kernel.SandboxGone(at.Sandbox, at.SandboxID) {
+				gone = append(gone, at)
+				l.Log.Info("forgot a pod whose network namespace is gone", "container", at.ContainerID, "ifname", at.IfName, "addresses", at.Addresses)
+			}
+		}
+		l.pods = store.Addresses(all)
+		if len(gone) == 0 {
+			return nil
+		}
+		return st.Delete(gone...)
+	})
+	if err != nil {
+		l.Log.Warn("cannot sweep the store", "error", err)
+	}
+}
+
+// adopt takes in the pods that the runtime knows and the store does not.
+func (l *Loop) adopt(ctx context.Context) {
+	if l.Adopt == nil {
+		return
+	}
+	found, err := l.Adopt(l.config)
+	if err != nil {
+		l.Log.Warn("cannot read the runtime's cached results", "error", err)
+	}
+	if len(found) == 0 {
+		return
+	}
+	err = withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {
+		all, err := st.All()
+		if err != nil {
+			return err
+		}
+		known := map[[2]string]bool{}
+		for _, at := range all {
+			known[[2]string{at.ContainerID, at.IfName}] = true
+		}
+		for _, at := range found {
+			if known[[2]string{at.ContainerID, at.IfName}] {
+				continue
+			}
+			if err := st.Put(at); err != nil {
+				return err
+			}
+			l.Log.Info("adopted a pod", "container", at.ContainerID, "ifname", at.IfName, "addresses", at.Addresses)
+		}
+		return nil
+	})
+	if err != nil {
+		l.Log.Warn("cannot adopt pods", "error", err)
+	}
+}
+
+func withStore(ctx context.Context, runDir string, f func(*store.Attachments) error) error {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	st, err := store.OpenAttachments(ctx, runDir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(st), st.Close())
+}
+
+// storePoll is how often the store is looked at where inotify cannot be had.
+const storePoll = time.Second
+
+// watchStore tells when the store of this boot was written to.
+func watchStore(ctx context.Context, runDir string, log *slog.Logger) <-chan struct{} {
+	changed := make(chan struct{}, 1)
+	path := store.AttachmentsPath(runDir)
+	w, err := fsnotify.NewWatcher()
+	if err == nil {
+		err = errors.Join(os.MkdirAll(runDir, 0o700), w.Add(runDir))
+	}
+	if err != nil {
+		log.Warn("cannot watch the store; looking every second", "path", path, "error", err,
+			"mend", "raise fs.inotify.max_user_watches or max_user_instances")
+		go poll(ctx, path, changed)
+		return changed
+	}
+	go func() {
+		defer w.Close() //nolint:errcheck // nothing depends on it
+		for {
+			select {
+			case e := <-w.Events:
+				if filepath.Base(e.Name) == filepath.Base(path) && e.Has(fsnotify.Write|fsnotify.Create|fsnotify.Remove) {
+					poke(changed)
+				}
+			case <-w.Errors: // some events were lost
+				poke(changed)
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return changed
+}
+
+func poll(ctx context.Context, path string, changed chan struct{}) {
+	var last os.FileInfo
+	for {
+		now, err := os.Stat(path)
+		if err == nil && (last == nil || now.ModTime() != last.ModTime() || now.Size() != last.Size() || !os.SameFile(now, last)) {
+			poke(changed)
+			last = now
+		}
+		select {
+		case <-time.After(storePoll):
+		case <-ctx.Done():
+			return
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package reconcile
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/registry"
+)
+
+// SelfRecord is the record that a node publishes about itself, but for its
+// revision, which stays that of the record before.
+func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []netip.Addr, before registry.Record, now time.Time) registry.Record {
+	r := registry.Record{
+		Name: c.NodeName, PublicKey: key, Endpoints: Endpoints(c, u), Addresses: u.All,
+		Since: before.Since, Revision: before.Revision,
+	}
+	if before.Left || r.Since.IsZero() {
+		before, r.Since = registry.Record{Revision: before.Revision}, now
+	}
+	held := mesh.Node{Prefixes: before.Prefixes, Pods: before.Pods}
+	r.Prefixes, r.Pods = mesh.Announce(c.PodCIDRs, c.ClusterCIDRs, pods, held, now)
+	return r
+}
+
+// Endpoints are where others reach this node: as configured, else at the addresses that the default routes use.
+func Endpoints(c config.Config, u kernel.Underlay) []string {
+	if c.Endpoint != "" {
+		return []string{c.Endpoint}
+	}
+	var out []string
+	for _, a := range u.Addresses {
+		out = append(out, netip.AddrPortFrom(a, uint16(c.ListenPort)).String())
+	}
+	return out
+}
+
+// FindMTU is the tunnel's MTU, in bytes: by the underlay, and by the families of
+// all endpoints there are. Without an underlay it is what Ethernet allows.
+func FindMTU(u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
+	var all []netip.AddrPort
+	for _, r := range append(records.Records(), self) {
+		for _, e := range r.Endpoints {
+			if a, err := netip.ParseAddrPort(e); err == nil {
+				all = append(all, a)
+			}
+		}
+	}
+	underlay := u.MTU
+	if underlay == 0 {
+		underlay = 1500
+	}
+	return mesh.TunnelMTU(underlay, all)
+}
+
+// Resolver turns the endpoints of records into addresses. Names are looked up
+// in the background, so that a name server which is away holds nothing up.
+type Resolver struct {
+	// Lookup is net.Resolver.LookupNetIP but in tests.
+	Lookup func(ctx context.Context, network, host string) ([]netip.Addr, error)
+	// Changed is called when a name has a new address.
+	Changed func()
+
+	mu    sync.Mutex
+	names map[string]*lookup
+}
+
+type lookup struct {
+	addrs []netip.Addr
+	at    time.Time
+	busy  bool
+}
+
+// lookupTTL is how long an answer is used before the name is looked up again.
+const lookupTTL = 30 * time.Second
+
+const lookupTimeout = 10 * time.Second
+
+// Endpoint chooses where to reach a record's node: the first of its endpoints of a
+// family that this node has too, else the first of all. known is the answer of
+// the last time, and stays in use while a name cannot be resolved.
+func (r *Resolver) Endpoint(ctx context.Context, rec registry.Record, own []netip.Addr, known netip.AddrPort, now time.Time) netip.AddrPort {
+	var usable []netip.AddrPort
+	for _, e := range rec.Endpoints {
+		host, port, err := net.SplitHostPort(e)
+		if err != nil {
+			continue
+		}
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil {
+			continue
+		}
+		for _, a := range r.addresses(ctx, host, now) {
+			usable = append(usable, netip.AddrPortFrom(a, uint16(n)))
+		}
+	}
+	if len(usable) == 0 {
+		if len(rec.Endpoints) == 0 {
+			return netip.AddrPort{}
+		}
+		return known
+	}
+	i := slices.IndexFunc(usable, func(e netip.AddrPort) bool {
+		return slices.ContainsFunc(own, func(a netip.Addr) bool { return a.Is4() == e.Addr().Is4() })
+	})
+	return usable[max(i, 0)]
+}
+
+func (r *Resolver) addresses(ctx context.Context, host string, now time.Time) []netip.Addr {
+	if a, err := netip.ParseAddr(host); err == nil {
+		return []netip.Addr{a.Unmap()}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.names == nil {
+		r.names = map[string]*lookup{}
+	}
+	l := r.names[host]
+	if l == nil {
+		l = &lookup{}
+		r.names[host] = l
+	}
+	if !l.busy && (l.at.IsZero() || now.Sub(l.at) > lookupTTL) {
+		l.busy, l.at = true, now
+		go r.resolve(ctx, host, l)
+	}
+	return l.addrs
+}
+
+func (r *Resolver) resolve(ctx context.Context, host string, l *lookup) {
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+	defer cancel()
+	found, err := r.Lookup(ctx, "ip", host)
+	for i := range found {
+		found[i] = found[i].Unmap()
+	}
+	slices.SortFunc(found, netip.Addr.Compare)
+	r.mu.Lock()
+	l.busy = false
+	changed := err == nil && len(found) > 0 && !slices.Equal(found, l.addrs)
+	if changed {
+		l.addrs = found
+	}
+	r.mu.Unlock()
+	if changed {
+		r.Changed()
+	}
+}

@@ -1,0 +1,309 @@
+// Package file keeps a registry in one shared file: a JSON document that a
+// person can read, on a disk or a share that every node mounts.
+//
+// Writers take turns by a lock file beside it, write aside in the same folder,
+// fsync and rename, so that a reader sees the old document or the new one and a
+// writer that is killed leaves the old. Readers take no lock. They watch the
+// folder and also poll, since a network file system tells nobody of a change
+// that another machine made.
+//
+// Share the folder, not the file: a file that is bind mounted by itself can't
+// be renamed over.
+package file
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/google/renameio/v2"
+
+	"github.com/wgcni/wgcni/pkg/registry"
+)
+
+var _ registry.Registry = (*Registry)(nil)
+
+// Errors of a document that cannot be read. The text around them names the file
+// and how to mend it.
+var (
+	// ErrMissing means that the folder is not there, or that the document was
+	// there once and is gone.
+	ErrMissing = errors.New("missing")
+	// ErrDamaged means that the file is no registry document: empty, truncated,
+	// too large, not JSON, or no file at all. The next writer moves it aside and
+	// begins a new one.
+	ErrDamaged = errors.New("damaged")
+	// ErrVersion means that a newer wgcni wrote the document. It is left alone.
+	ErrVersion = errors.New("unsupported version")
+)
+
+// maxFileBytes bounds what is read into memory: 1,000 bytes for each of 67,000 nodes.
+const maxFileBytes = 64 << 20
+
+// Registry is a handle onto a shared file. It holds nothing open between calls.
+type Registry struct {
+	path     string
+	poll     time.Duration
+	lockWait time.Duration
+	now      func() time.Time
+	inotify  func() (*fsnotify.Watcher, error)
+
+	// seen is set once the document has been read: from then on its absence
+	// is an error.
+	seen atomic.Bool
+}
+
+// Option changes how a Registry works.
+type Option func(*Registry)
+
+// WithPollInterval sets how often a Watch looks at the file by itself, 2 s by
+// default.
+func WithPollInterval(d time.Duration) Option { return func(r *Registry) { r.poll = d } }
+
+// WithLockWait sets how long a Publish waits for other writers at most, 30 s by
+// default.
+func WithLockWait(d time.Duration) Option { return func(r *Registry) { r.lockWait = d } }
+
+// New returns the registry in the file at path, whose folder must exist by the
+// time it is used. It touches nothing yet.
+func New(path string, options ...Option) *Registry {
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs // as the folder's events name it
+	}
+	r := &Registry{
+		path: path, poll: 2 * time.Second, lockWait: 30 * time.Second,
+		now: time.Now, inotify: fsnotify.NewWatcher,
+	}
+	for _, o := range options {
+		o(r)
+	}
+	return r
+}
+
+// String returns "file:" and the path.
+func (r *Registry) String() string { return "file:" + r.path }
+
+// Snapshot reads the document. Before anything was ever published it is empty.
+func (r *Registry) Snapshot(ctx context.Context) (registry.Snapshot, error) {
+	if err := ctx.Err(); err != nil {
+		return registry.Snapshot{}, fmt.Errorf("read registry %s: %w", r.path, err)
+	}
+	doc, _, err := r.load()
+	if err != nil {
+		return registry.Snapshot{}, err
+	}
+	return doc.snapshot(), nil
+}
+
+// Publish puts the record into the document and leaves the other nodes' records
+// as they are, to the byte.
+func (r *Registry) Publish(ctx context.Context, record registry.Record) error {
+	if err := record.Validate(); err != nil {
+		return err
+	}
+	// Most publications repeat what is there. They shall not queue for the lock.
+	if doc, _, err := r.load(); err == nil && ctx.Err() == nil {
+		if later, err := doc.accept(record); err == nil && !later {
+			return nil
+		}
+	}
+	lock, err := r.lock(ctx)
+	if err != nil {
+		return fmt.Errorf("publish %s: %w", record.Name, err)
+	}
+	defer lock.Close()
+	return r.put(ctx, lock, record)
+}
+
+// put does the work of Publish while lock is held.
+func (r *Registry) put(ctx context.Context, lock *os.File, record registry.Record) error {
+	r.removeLeftovers()
+	doc, _, err := r.load()
+	switch {
+	case errors.Is(err, ErrDamaged):
+		if err := r.moveAside(); err != nil {
+			return err
+		}
+	case errors.Is(err, ErrMissing): // the file only: the lock is in the same folder
+	case err != nil:
+		return err
+	}
+	later, err := doc.accept(record)
+	if err != nil || !later {
+		return err
+	}
+	data, err := doc.with(record)
+	if err != nil {
+		return err
+	}
+	if len(data) > maxFileBytes {
+		return fmt.Errorf("publish %s: registry file %s would grow to %d bytes, at most %d are read; forget old nodes or use etcd",
+			record.Name, r.path, len(data), maxFileBytes)
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("publish %s: %w", record.Name, err)
+	}
+	if err := r.replace(data); err != nil {
+		return err
+	}
+	r.mark(lock)
+	return nil
+}
+
+// load reads and parses the document, and returns the FileInfo that it had.
+func (r *Registry) load() (document, fs.FileInfo, error) {
+	// The mark comes after the first document. So whoever sees the mark first and
+	// then no document knows that it was taken away.
+	begun := r.seen.Load() || r.marked()
+	data, info, err := r.read()
+	if errors.Is(err, fs.ErrNotExist) {
+		return document{}, nil, r.absent(begun)
+	}
+	if err != nil {
+		return document{}, info, err
+	}
+	doc, err := parse(data)
+	switch {
+	case errors.Is(err, ErrVersion):
+		return document{}, info, fmt.Errorf("registry file %s: %w; upgrade wgcni on this node", r.path, err)
+	case err != nil:
+		return document{}, info, r.damaged(err.Error())
+	}
+	r.seen.Store(true)
+	return doc, info, nil
+}
+
+func (r *Registry) damaged(what string) error {
+	return fmt.Errorf("registry file %s is %w: %s; restore it, or let any node publish: that moves it aside and begins a new one",
+		r.path, ErrDamaged, what)
+}
+
+// absent explains why there is no file, or returns nil if there never was one.
+func (r *Registry) absent(begun bool) error {
+	folder := filepath.Dir(r.path)
+	if _, err := os.Stat(folder); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("registry folder %s is %w: create it or mount it", folder, ErrMissing)
+		}
+		return fmt.Errorf("registry folder: %w", err)
+	}
+	if begun {
+		return fmt.Errorf("registry file %s is %w: it was there before; restore or mount it, or let any node publish: that begins a new one",
+			r.path, ErrMissing)
+	}
+	return nil
+}
+
+// open opens the file whatever it is; without O_NONBLOCK a FIFO would block.
+// The poll uses it too: open makes an NFS client ask the server, where stat may
+// answer from a cache for up to a minute (nfs(5), close-to-open consistency).
+func (r *Registry) open() (*os.File, fs.FileInfo, error) {
+	f, err := os.OpenFile(r.path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("registry file: %w", err)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, nil, fmt.Errorf("registry file: %w", err)
+	}
+	return f, info, nil
+}
+
+func (r *Registry) read() ([]byte, fs.FileInfo, error) {
+	f, info, err := r.open()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	if !info.Mode().IsRegular() {
+		return nil, info, r.damaged("not a file (" + info.Mode().Type().String() + ")")
+	}
+	if info.Size() > maxFileBytes {
+		return nil, info, r.damaged(fmt.Sprintf("%d bytes, at most %d are read", info.Size(), maxFileBytes))
+	}
+	// Should it grow meanwhile, the rest is cut off, and the next read sees all of it.
+	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes))
+	if err != nil {
+		return nil, info, fmt.Errorf("registry file: %w", err)
+	}
+	return data, info, nil
+}
+
+// replace makes data the document, durably.
+func (r *Registry) replace(data []byte) error {
+	folder := filepath.Dir(r.path)
+	f, err := renameio.NewPendingFile(r.path, renameio.WithTempDir(folder), renameio.WithStaticPermissions(0o644))
+	if err != nil {
+		return fmt.Errorf("write registry file %s: %w", r.path, err)
+	}
+	defer f.Cleanup()
+	if _, err := f.Write(data); err != nil {
+		return fmt.Errorf("write registry file %s: %w", r.path, err)
+	}
+	if err := f.CloseAtomicallyReplace(); err != nil {
+		if errors.Is(err, syscall.EBUSY) {
+			return fmt.Errorf("write registry file %s: %w; mount its folder, not the file by itself", r.path, err)
+		}
+		return fmt.Errorf("write registry file %s: %w", r.path, err)
+	}
+	r.seen.Store(true)
+	return syncFolder(folder)
+}
+
+// syncFolder makes a rename durable (fsync(2): the entry in the directory needs
+// an fsync of its own). Some network file systems have no such call.
+func syncFolder(folder string) error {
+	d, err := os.Open(folder)
+	if err != nil {
+		return fmt.Errorf("registry folder: %w", err)
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
+		return fmt.Errorf("registry folder: %w", err)
+	}
+	return nil
+}
+
+// moveAside keeps a damaged file as path.damaged-<milliseconds since 1970>. A
+// second hard link leaves no moment without a file; a directory, or a file
+// system without hard links, needs the rename.
+func (r *Registry) moveAside() error {
+	for ms := r.now().UnixMilli(); ; ms++ {
+		aside := fmt.Sprintf("%s.damaged-%d", r.path, ms)
+		if _, err := os.Lstat(aside); err == nil {
+			continue
+		}
+		if err := os.Link(r.path, aside); err == nil {
+			return nil
+		}
+		if err := os.Rename(r.path, aside); err != nil {
+			return fmt.Errorf("move the damaged registry file aside: %w", err)
+		}
+		return nil
+	}
+}
+
+// removeLeftovers deletes what writers that were killed left behind. Under the
+// lock there is no other writer, so every such file is a dead one's. Failing to
+// delete it is no reason not to publish.
+func (r *Registry) removeLeftovers() {
+	folder, base := filepath.Dir(r.path), filepath.Base(r.path)
+	entries, _ := os.ReadDir(folder)
+	for _, e := range entries {
+		// renameio's names: a dot, the base name, a random number.
+		digits, ours := strings.CutPrefix(e.Name(), "."+base)
+		if ours && digits != "" && strings.Trim(digits, "0123456789") == "" && e.Type().IsRegular() {
+			os.Remove(filepath.Join(folder, e.Name()))
+		}
+	}
+}

@@ -1,0 +1,152 @@
+package file
+
+import (
+	"context"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/wgcni/wgcni/pkg/registry"
+)
+
+// Watch implements registry.Registry. A change on this machine is seen as it
+// happens; one on another machine, or in a folder that was away, by the poll.
+func (r *Registry) Watch(ctx context.Context) <-chan registry.Update {
+	out := make(chan registry.Update)
+	w := &watch{r: r, folder: filepath.Dir(r.path)}
+	go func() {
+		defer close(out)
+		defer w.close()
+		w.run(ctx, out)
+	}()
+	return out
+}
+
+// watch is one running Watch.
+type watch struct {
+	r      *Registry
+	folder string
+
+	notify  *fsnotify.Watcher // nil without inotify: then only the poll sees changes
+	watched fs.FileInfo       // the folder that notify watches, of several that may be mounted there
+
+	decoder   decoder
+	present   registry.Update
+	delivered *registry.Update
+
+	info    fs.FileInfo // the file when it was last read; nil if there was none
+	settled bool        // see poll
+}
+
+func (w *watch) run(ctx context.Context, out chan<- registry.Update) {
+	ticker := time.NewTicker(w.r.poll)
+	defer ticker.Stop()
+	w.watchFolder() // before reading, so that no change falls between
+	w.read()
+	for ctx.Err() == nil {
+		send := out
+		if w.delivered != nil && same(*w.delivered, w.present) {
+			send = nil
+		}
+		var events <-chan fsnotify.Event
+		var failures <-chan error
+		if w.notify != nil {
+			events, failures = w.notify.Events, w.notify.Errors
+		}
+		select {
+		case <-ctx.Done():
+		case send <- w.present:
+			sent := w.present
+			w.delivered = &sent
+		case event, open := <-events:
+			switch {
+			case !open: // the poll begins another one
+				w.close()
+			case event.Name == w.r.path || event.Name == w.folder:
+				w.read()
+			}
+		case <-failures: // such as an overflow, which lost events
+			w.read()
+		case <-ticker.C:
+			w.poll()
+		}
+	}
+}
+
+// same reports whether a reader who has a needs no b.
+func same(a, b registry.Update) bool {
+	if a.Err != nil || b.Err != nil {
+		return a.Err != nil && b.Err != nil && a.Err.Error() == b.Err.Error()
+	}
+	return a.Snapshot.Equal(b.Snapshot)
+}
+
+func (w *watch) close() {
+	if w.notify != nil {
+		w.notify.Close()
+	}
+	w.notify, w.watched = nil, nil
+}
+
+// watchFolder sees to it that the folder that is there now is watched. The
+// folder and not the file, because the file is replaced by a rename. Where
+// inotify is not to be had (fs.inotify.max_user_instances) the poll does it
+// alone, and each poll tries again.
+func (w *watch) watchFolder() {
+	info, err := os.Stat(w.folder)
+	if err != nil {
+		return
+	}
+	if w.notify == nil {
+		if w.notify, err = w.r.inotify(); err != nil {
+			w.notify = nil
+			return
+		}
+	}
+	if w.watched != nil && os.SameFile(w.watched, info) && slices.Contains(w.notify.WatchList(), w.folder) {
+		return
+	}
+	_ = w.notify.Remove(w.folder) // of a folder that is gone there is nothing to remove
+	if err := w.notify.Add(w.folder); err != nil {
+		w.watched = nil
+		return
+	}
+	w.watched = info
+}
+
+// poll reads the file if it looks different from when it was last read.
+//
+// Looks can deceive: two documents of equal size, renamed into place in the
+// same tick of the file system's clock, one with the inode number that the
+// other gave back. So a file counts as unchanged only if it looked the same at
+// two polls in a row: by then the tick is over.
+func (w *watch) poll() {
+	w.watchFolder()
+	f, info, err := w.r.open()
+	if err == nil {
+		f.Close()
+	}
+	same := sameFile(info, w.info)
+	if same && w.settled {
+		return
+	}
+	w.read()
+	w.settled = same && sameFile(info, w.info)
+}
+
+func (w *watch) read() {
+	doc, info, err := w.r.load()
+	w.info, w.settled = info, false
+	w.present = registry.Update{Err: err}
+	if err == nil {
+		w.present.Snapshot = w.decoder.snapshot(doc)
+	}
+}
+
+func sameFile(a, b fs.FileInfo) bool {
+	return a != nil && b != nil && os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
+}

@@ -1,0 +1,161 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// Attachment is one interface of one pod, as ADD recorded it.
+type Attachment struct {
+	Network     string       `json:"network"`
+	ContainerID string       `json:"containerID"`
+	IfName      string       `json:"ifname"`
+	Addresses   []netip.Addr `json:"addresses"`
+	// Sandbox is the path of the pod's network namespace, SandboxID its inode
+	// (see kernel.SandboxID), by which a reused path is told apart.
+	Sandbox   string `json:"sandbox,omitempty"`
+	SandboxID uint64 `json:"sandboxID,omitempty"`
+	Pod       string `json:"pod,omitempty"` // namespace/name, if the runtime told
+	// Sequence orders attachments; Put sets it.
+	Sequence uint64 `json:"sequence"`
+}
+
+// Applied describes the last whole plan that was applied since this node booted.
+type Applied struct {
+	// Settings is the digest of the settings that the plan was made from.
+	Settings string         `json:"settings"`
+	Prefixes []netip.Prefix `json:"prefixes,omitempty"` // this node's own
+	MTU      int            `json:"mtu"`                // of the pods' links, in bytes
+	At       time.Time      `json:"at"`
+}
+
+var (
+	attachmentsBucket = []byte("attachments")
+	metaBucket        = []byte("meta")
+	appliedKey        = []byte("applied")
+)
+
+// Attachments is the open store of this boot. Its holder should be done with it
+// within milliseconds: an ADD may be waiting.
+type Attachments struct{ *file }
+
+// AttachmentsPath is the file of a run folder.
+func AttachmentsPath(runDir string) string { return filepath.Join(runDir, "attachments.db") }
+
+// OpenAttachments locks and opens the store of this boot. The error Is
+// ErrLocked if ctx ended before the lock was free.
+func OpenAttachments(ctx context.Context, runDir string) (*Attachments, error) {
+	f, err := open(ctx, AttachmentsPath(runDir), attachmentsBucket, metaBucket)
+	if err != nil {
+		return nil, err
+	}
+	return &Attachments{f}, nil
+}
+
+// Close closes the store and lets others in.
+func (a *Attachments) Close() error { return a.close() }
+
+// Damaged returns what became of a damaged store when this one was opened in its place, or nil.
+func (a *Attachments) Damaged() *Damaged { return a.damaged }
+
+func attachmentKey(containerID, ifname string) []byte {
+	return []byte(containerID + "\x00" + ifname) // neither may contain a NUL
+}
+
+// All returns every attachment, in the order in which they were put.
+func (a *Attachments) All() (out []Attachment, err error) {
+	err = guarded(func() error {
+		return a.db.View(func(tx *bolt.Tx) error {
+			return tx.Bucket(attachmentsBucket).ForEach(func(_, v []byte) error {
+				var at Attachment
+				if err := json.Unmarshal(v, &at); err != nil {
+					return err
+				}
+				out = append(out, at)
+				return nil
+			})
+		})
+	})
+	slices.SortFunc(out, func(a, b Attachment) int { return cmp.Compare(a.Sequence, b.Sequence) })
+	return out, err
+}
+
+// Put adds an attachment, or replaces the one of the same container and interface.
+func (a *Attachments) Put(at Attachment) error {
+	return guarded(func() error {
+		return a.db.Update(func(tx *bolt.Tx) (err error) {
+			b := tx.Bucket(attachmentsBucket)
+			if at.Sequence, err = b.NextSequence(); err != nil {
+				return err
+			}
+			v, err := json.Marshal(at)
+			if err != nil {
+				return err
+			}
+			return b.Put(attachmentKey(at.ContainerID, at.IfName), v)
+		})
+	})
+}
+
+// Delete removes attachments; those that are not there are no error.
+func (a *Attachments) Delete(gone ...Attachment) error {
+	return guarded(func() error {
+		return a.db.Update(func(tx *bolt.Tx) error {
+			b := tx.Bucket(attachmentsBucket)
+			for _, at := range gone {
+				if err := b.Delete(attachmentKey(at.ContainerID, at.IfName)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+}
+
+// Applied returns the last whole plan of this boot, false if there was none.
+func (a *Attachments) Applied() (ap Applied, ok bool, err error) {
+	err = guarded(func() error {
+		return a.db.View(func(tx *bolt.Tx) error {
+			v := tx.Bucket(metaBucket).Get(appliedKey)
+			if v == nil {
+				return nil
+			}
+			ok = true
+			return json.Unmarshal(v, &ap)
+		})
+	})
+	return ap, ok && err == nil, err
+}
+
+// SetApplied records a whole plan that was applied.
+func (a *Attachments) SetApplied(ap Applied) error {
+	return guarded(func() error {
+		v, err := json.Marshal(ap)
+		if err != nil {
+			return err
+		}
+		return a.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(appliedKey, v) })
+	})
+}
+
+// Addresses are all addresses that some attachment holds, each once. An address
+// that two attachments have belongs to the latest; it stays while either does.
+func Addresses(all []Attachment) []netip.Addr {
+	var out []netip.Addr
+	for _, at := range all {
+		out = append(out, at.Addresses...)
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
+// IsDamage reports whether an error means that the store's content is broken.
+func IsDamage(err error) bool { return isDamage(err) || errors.As(err, new(*Damaged)) }

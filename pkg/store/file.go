@@ -1,0 +1,200 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+)
+
+// ErrLocked says that another process held the store until the deadline.
+var ErrLocked = errors.New("the store is locked by another process")
+
+// Damaged tells where a store that could not be read has been put. The store
+// itself is open, and empty.
+type Damaged struct {
+	Path  string // where it lies now
+	Cause error
+}
+
+func (d *Damaged) Error() string {
+	return fmt.Sprintf("the store was damaged (%v); it lies in %s now, and a new one takes its place", d.Cause, d.Path)
+}
+
+// file is a locked, open bbolt file.
+type file struct {
+	db   *bolt.DB
+	lock *os.File
+	path string
+	// Damaged is set when this opening had to replace the file.
+	damaged *Damaged
+}
+
+// open locks and opens a file, making it and its folder where they are missing.
+// The context's deadline bounds the wait for the lock.
+func open(ctx context.Context, path string, buckets ...[]byte) (*file, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	lock, err := lockFile(ctx, path+".lock")
+	if err != nil {
+		return nil, err
+	}
+	f := &file{lock: lock, path: path}
+	err = f.openDB(ctx, buckets)
+	if isDamage(err) {
+		if f.damaged, err = f.moveAside(err); err == nil {
+			err = f.openDB(ctx, buckets)
+		}
+	}
+	if err != nil {
+		lock.Close() //nolint:errcheck // this releases the lock
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	return f, nil
+}
+
+func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
+	timeout := time.Second // of somebody who holds the file itself, with bbolt's own tool for instance
+	if deadline, ok := ctx.Deadline(); ok {
+		timeout = max(time.Until(deadline), time.Millisecond)
+	}
+	return guarded(func() error {
+		db, err := bolt.Open(f.path, 0o600, &bolt.Options{
+			Timeout: timeout, NoFreelistSync: true, FreelistType: bolt.FreelistMapType,
+		})
+		if errors.Is(err, bolt.ErrTimeout) {
+			return ErrLocked
+		}
+		if err != nil {
+			return err
+		}
+		f.db = db
+		missing := false
+		err = db.View(func(tx *bolt.Tx) error {
+			for _, name := range buckets {
+				b := tx.Bucket(name)
+				if b == nil {
+					missing = true
+					continue
+				}
+				if err := readable(b); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err == nil && missing {
+			err = db.Update(func(tx *bolt.Tx) error {
+				for _, b := range buckets {
+					if _, err := tx.CreateBucketIfNotExists(b); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		}
+		if err != nil {
+			_ = db.Close()
+		}
+		return err
+	})
+}
+
+// readable touches every page and value, so that damage shows at once and not
+// in the middle of a verb.
+func readable(b *bolt.Bucket) error {
+	return b.ForEach(func(k, v []byte) error {
+		if !json.Valid(v) {
+			return fmt.Errorf("%w: the value of %q is not JSON", errDamage, k)
+		}
+		return nil
+	})
+}
+
+// close releases file and lock.
+func (f *file) close() error {
+	err := guarded(f.db.Close)
+	return errors.Join(err, f.lock.Close())
+}
+
+// errDamage marks what only a broken file brings about.
+var errDamage = errors.New("damaged")
+
+func isDamage(err error) bool {
+	for _, e := range []error{errDamage, bolt.ErrInvalid, bolt.ErrChecksum, bolt.ErrVersionMismatch} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// guarded runs f on the mapped file. bbolt trusts its pages: a broken one makes
+// it panic, or read beyond the end of the file, which is a fault of its own kind.
+func guarded(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", errDamage, p)
+		}
+	}()
+	return f()
+}
+
+func (f *file) moveAside(cause error) (*Damaged, error) {
+	aside := f.path + ".damaged-" + strconv.FormatInt(time.Now().UnixMilli(), 10)
+	if err := os.Rename(f.path, aside); err != nil {
+		return nil, fmt.Errorf("%w, and it cannot be moved aside: %w", cause, err)
+	}
+	return &Damaged{Path: aside, Cause: cause}, nil
+}
+
+// lockFile takes an exclusive flock(2). Waiters sleep in the kernel, in line.
+func lockFile(ctx context.Context, path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	fd := int(f.Fd()) // flock(2) on a blocking descriptor
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err == nil {
+		return f, nil
+	}
+	got := make(chan error)
+	abandoned := make(chan struct{})
+	go func() {
+		err := retryEINTR(func() error { return unix.Flock(fd, unix.LOCK_EX) })
+		select {
+		case got <- err:
+		case <-abandoned:
+			f.Close() //nolint:errcheck // this releases the lock that nobody waits for
+		}
+	}()
+	select {
+	case err := <-got:
+		if err != nil {
+			f.Close() //nolint:errcheck // nothing was written
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		return f, nil
+	case <-ctx.Done():
+		close(abandoned)
+		return nil, fmt.Errorf("lock %s: %w", path, ErrLocked)
+	}
+}
+
+func retryEINTR(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}

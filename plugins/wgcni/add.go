@@ -1,0 +1,241 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/version"
+	"go4.org/netipx"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// addTimeout bounds the wait for the store, which others hold for milliseconds.
+const addTimeout = 10 * time.Second
+
+// add records the pod and makes the node's plan hold for it. It talks to nobody
+// but the kernel and the node's own disk.
+func add(args *skel.CmdArgs) error {
+	conf, err := config.Parse(args.StdinData)
+	if err != nil {
+		return err
+	}
+	result, err := prevResult(args.StdinData)
+	if err != nil {
+		return err
+	}
+	at, err := attachment(conf, args, result)
+	if err != nil {
+		return err
+	}
+	link, err := kernel.OpenPodLink(args.Netns, args.IfName)
+	if err != nil {
+		return err
+	}
+	defer link.Close()
+
+	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
+	defer cancel()
+	mtu, err := attach(ctx, conf, at)
+	if err != nil {
+		return err
+	}
+	if mtu, err = link.SetMTU(mtu); err != nil {
+		return errors.Join(err, detach(ctx, conf.RunDir, &conf, sameAs(at)))
+	}
+	for _, i := range result.Interfaces {
+		if i.Sandbox != "" && i.Name == args.IfName {
+			i.Mtu = mtu
+		}
+	}
+	return types.PrintResult(result, conf.CNIVersion)
+}
+
+// attach stores the attachment and applies what follows from it. It returns the
+// MTU that the pod's link must have, in bytes.
+func attach(ctx context.Context, conf config.Config, at store.Attachment) (int, error) {
+	k, err := kernel.Open(kernel.Config{Interface: conf.Interface, PrivateKey: privateKey(conf.StateDir)})
+	if err != nil {
+		return 0, err
+	}
+	defer k.Close()
+
+	applied, short, err := attachShort(ctx, conf, at, k)
+	if err != nil {
+		return 0, fmt.Errorf("record the pod in %s: %w", store.AttachmentsPath(conf.RunDir), err)
+	}
+	if short {
+		return applied.MTU, nil
+	}
+	// Nothing has been applied since the node booted, or not from this
+	// configuration, or somebody broke it: the whole plan, from what is known.
+	pass, err := wholePass(ctx, conf, k)
+	if err != nil {
+		return 0, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(at)))
+	}
+	_, err = pass.Run(ctx)
+	switch {
+	case errors.Is(err, kernel.ErrNoWireGuard):
+		warn("pod %s: no traffic to other nodes until wgcnid runs: %v", at.ContainerID, err)
+	case err != nil:
+		return 0, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(at)))
+	}
+	if pass.Config.MTU != 0 {
+		return pass.Config.MTU, nil
+	}
+	return pass.Known.MTU, nil
+}
+
+// attachShort stores the attachment, and applies the little that it changes if
+// the node has its plan already. It does both under the store's lock, so that
+// the kernel and the store agree whatever ADDs and DELs run beside it.
+func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k *kernel.Kernel) (applied store.Applied, short bool, err error) {
+	st, err := store.OpenAttachments(ctx, conf.RunDir)
+	if err != nil {
+		return applied, false, err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+	if d := st.Damaged(); d != nil {
+		warn("%v", d)
+	}
+	all, err := st.All()
+	if err != nil {
+		return applied, false, err
+	}
+	if err := st.Put(at); err != nil {
+		return applied, false, err
+	}
+	applied, ok, err := st.Applied()
+	if err != nil || !ok || applied.Settings != reconcile.Digest(conf.Settings) {
+		return applied, false, err
+	}
+	// An ADD that is repeated applies its part again: the first may have been cut off.
+	others := slices.DeleteFunc(slices.Clone(all), sameAs(at))
+	if err := k.Apply(reconcile.PodChange(conf, applied.Prefixes, others, append(others, at))); err != nil {
+		warn("pod %s: %v; applying the whole plan", at.ContainerID, err)
+		return applied, false, nil
+	}
+	return applied, true, nil
+}
+
+// wholePass plans from what the node knows of the mesh, and from its own
+// configuration alone before the helper's first start.
+func wholePass(ctx context.Context, conf config.Config, k *kernel.Kernel) (reconcile.Pass, error) {
+	known, damaged, err := store.LoadKnown(ctx, conf.StateDir)
+	if err != nil {
+		return reconcile.Pass{}, err
+	}
+	if damaged != nil {
+		warn("%v", damaged)
+	}
+	now := time.Now()
+	if known.Self.Since.IsZero() {
+		if len(conf.PodCIDRs) == 0 {
+			if conf.PodCIDRs, err = config.FindPodCIDRs(conf.Name, config.DefaultDir); err != nil {
+				warn("%v", err)
+			}
+		}
+		known.Self.Prefixes, _ = mesh.Announce(conf.PodCIDRs, conf.ClusterCIDRs, nil, mesh.Node{}, now)
+	}
+	if known.MTU == 0 {
+		under, err := k.Underlay()
+		if err != nil {
+			return reconcile.Pass{}, err
+		}
+		self := known.Self
+		self.Endpoints = reconcile.Endpoints(conf, under)
+		known.MTU = reconcile.FindMTU(under, self, known.Records)
+	}
+	key, err := publicKey(conf.StateDir)
+	if err != nil {
+		return reconcile.Pass{}, err
+	}
+	return reconcile.Pass{Config: conf, Kernel: k, Known: known, Key: key, Context: mesh.Context{Now: now}}, nil
+}
+
+// prevResult is the result of the plugins before this one.
+func prevResult(stdin []byte) (*current.Result, error) {
+	var conf types.PluginConf
+	if err := json.Unmarshal(stdin, &conf); err != nil {
+		return nil, faultf(types.ErrDecodingFailure, "", fmt.Errorf("read the network configuration: %w", err))
+	}
+	if err := version.ParsePrevResult(&conf); err != nil {
+		return nil, faultf(types.ErrDecodingFailure, "", fmt.Errorf("prevResult: %w", err))
+	}
+	if conf.PrevResult == nil {
+		return nil, faultf(types.ErrInvalidNetworkConfig, "put it after the primary plugin in the list",
+			errors.New("prevResult: missing: wgcni is a chained plugin and gives no pod its address"))
+	}
+	result, err := current.NewResultFromResult(conf.PrevResult)
+	if err != nil {
+		return nil, faultf(types.ErrDecodingFailure, "", fmt.Errorf("prevResult: %w", err))
+	}
+	return result, nil
+}
+
+// attachment takes the pod's addresses on args.IfName from the result.
+func attachment(conf config.Config, args *skel.CmdArgs, result *current.Result) (store.Attachment, error) {
+	at := store.Attachment{
+		Network: conf.Name, ContainerID: args.ContainerID, IfName: args.IfName,
+		Sandbox: args.Netns, SandboxID: kernel.SandboxID(args.Netns), Pod: podName(args.Args),
+	}
+	inCluster := func(a netip.Addr) bool {
+		return slices.ContainsFunc(conf.ClusterCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	var outside []string
+	for _, ip := range result.IPs {
+		if i := ip.Interface; i != nil && (*i < 0 || *i >= len(result.Interfaces) || result.Interfaces[*i].Name != args.IfName) {
+			continue
+		}
+		a, ok := netipx.FromStdIP(ip.Address.IP)
+		switch {
+		case !ok:
+		case inCluster(a):
+			at.Addresses = append(at.Addresses, a)
+		default:
+			outside = append(outside, a.String())
+		}
+	}
+	switch {
+	case len(at.Addresses) == 0 && len(outside) == 0:
+		return at, faultf(types.ErrInvalidNetworkConfig, "give the primary plugin an ipam section",
+			fmt.Errorf("prevResult: the primary plugin gave %s no address", args.IfName))
+	case len(at.Addresses) == 0 && conf.Encryption == mesh.Required:
+		return at, faultf(types.ErrInvalidNetworkConfig, "add the pods' range to clusterCIDRs, or chain wgcni to another network",
+			fmt.Errorf("clusterCIDRs: %v has none of the pod's addresses %s, so that nothing of this pod would be encrypted", conf.ClusterCIDRs, strings.Join(outside, ", ")))
+	case len(outside) > 0:
+		warn("pod %s: %s is not inside clusterCIDRs %v and stays unencrypted", args.ContainerID, strings.Join(outside, ", "), conf.ClusterCIDRs)
+	}
+	return at, nil
+}
+
+// podName is namespace/name as Kubernetes runtimes pass it in CNI_ARGS.
+func podName(args string) string {
+	values := map[string]string{}
+	for pair := range strings.SplitSeq(args, ";") {
+		key, value, _ := strings.Cut(pair, "=")
+		values[key] = value
+	}
+	if values["K8S_POD_NAME"] == "" {
+		return ""
+	}
+	return values["K8S_POD_NAMESPACE"] + "/" + values["K8S_POD_NAME"]
+}
+
+// sameAs matches the attachment of the same container and interface.
+func sameAs(at store.Attachment) func(store.Attachment) bool {
+	return func(o store.Attachment) bool { return o.ContainerID == at.ContainerID && o.IfName == at.IfName }
+}

@@ -1,0 +1,51 @@
+// wgcni is a chained CNI plugin that encrypts pod traffic with WireGuard,
+// whatever plugin runs before it.
+//
+// This file speaks the protocol. The way to the kernel from here:
+//
+//	main.go -> add.go -> pkg/reconcile/pass.go -> pkg/mesh/plan.go, diff.go -> pkg/kernel/kernel.go
+package main
+
+import (
+	"fmt"
+	"os"
+	"runtime/debug"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/version"
+
+	wgversion "github.com/wgcni/wgcni/pkg/version"
+)
+
+func main() {
+	// A process of a few milliseconds has no use for a garbage collector.
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(256 << 20) // from here on it has
+	skel.PluginMainFuncs(skel.CNIFuncs{
+		Add:    verb("ADD", add),
+		Del:    del,
+		Check:  verb("CHECK", check),
+		GC:     verb("GC", gc),
+		Status: verb("STATUS", status),
+	}, version.All, "CNI plugin wgcni "+wgversion.String()+": encrypts pod traffic with WireGuard, chained after any primary plugin")
+}
+
+// verb gives a verb's error its CNI form, and turns a panic into one.
+func verb(name string, run func(*skel.CmdArgs) error) func(*skel.CmdArgs) error {
+	return func(args *skel.CmdArgs) (err error) {
+		defer func() {
+			if p := recover(); p != nil {
+				err = cniError(fmt.Errorf("internal fault in %s: %v", name, p))
+			}
+		}()
+		if err := run(args); err != nil {
+			return cniError(err)
+		}
+		return nil
+	}
+}
+
+// warn tells the operator without failing the verb; runtimes log stderr.
+func warn(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "wgcni: "+format+"\n", args...)
+}

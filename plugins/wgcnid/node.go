@@ -1,0 +1,152 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/google/renameio/v2"
+	"go4.org/netipx"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/kernel/userspace"
+	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/registry/file"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// openRegistry is the one place that knows which registries there are.
+func openRegistry(r config.Registry) registry.Registry { return file.New(r.Path) }
+
+// openKernel connects to the kernel, with userspace WireGuard for one that has none.
+func openKernel(c config.Config) (*kernel.Kernel, error) {
+	return kernel.Open(kernel.Config{
+		Interface: c.Interface,
+		PrivateKey: func() (wgtypes.Key, error) {
+			key, err := identity.Load(c.StateDir)
+			if err != nil {
+				return wgtypes.Key{}, err
+			}
+			return key.Reveal(), nil
+		},
+		StartTunnel: func(name string, mtu int) error {
+			return userspace.Start(name, mtu, filepath.Join(c.RunDir, "tunnel.log"))
+		},
+	})
+}
+
+// newLoop wires up the loop of a node.
+func newLoop(o options, c config.Config, k *kernel.Kernel, log *slog.Logger) (*reconcile.Loop, error) {
+	key, err := identity.LoadOrCreate(c.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	return &reconcile.Loop{
+		Load:     o.load,
+		Key:      key.Public(),
+		Kernel:   k,
+		Registry: openRegistry(c.Registry),
+		Resolver: &reconcile.Resolver{Lookup: net.DefaultResolver.LookupNetIP, Changed: func() {}},
+		Log:      log,
+		Now:      time.Now,
+		Adopt:    cachedAttachments,
+		Report:   func(r reconcile.Report) { writeReport(c.RunDir, r, log) },
+	}, nil
+}
+
+func reportPath(runDir string) string { return filepath.Join(runDir, "helper.json") }
+
+// writeReport leaves for `wgcnid status` what only the helper knows.
+func writeReport(runDir string, r reconcile.Report, log *slog.Logger) {
+	text, err := json.MarshalIndent(r, "", "  ")
+	if err == nil {
+		err = renameio.WriteFile(reportPath(runDir), text, 0o600)
+	}
+	if err != nil {
+		log.Warn("cannot write the report for `wgcnid status`", "error", err)
+	}
+}
+
+func readReport(runDir string) (r reconcile.Report, err error) {
+	text, err := os.ReadFile(reportPath(runDir))
+	if err != nil {
+		return r, err
+	}
+	return r, json.Unmarshal(text, &r)
+}
+
+// cachedAttachments reads libcni's result cache: pods that were there before
+// wgcni, or that a damaged store has lost.
+func cachedAttachments(c config.Config) ([]store.Attachment, error) {
+	cni := libcni.NewCNIConfig(nil, nil)
+	cached, err := cni.GetCachedAttachments("")
+	if err != nil {
+		return nil, err
+	}
+	var out []store.Attachment
+	var errs []error
+	for _, a := range cached {
+		if a.Network != c.Name || a.NetNS == "" || kernel.SandboxID(a.NetNS) == 0 {
+			continue
+		}
+		at, err := fromCache(cni, a)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("cached result of %s: %w", a.ContainerID, err))
+			continue
+		}
+		out = append(out, at)
+	}
+	return out, errors.Join(errs...)
+}
+
+func fromCache(cni *libcni.CNIConfig, a *libcni.NetworkAttachment) (store.Attachment, error) {
+	list, err := libcni.ConfListFromBytes(a.Config)
+	if err != nil {
+		return store.Attachment{}, err
+	}
+	cached, err := cni.GetNetworkListCachedResult(list, &libcni.RuntimeConf{ContainerID: a.ContainerID, IfName: a.IfName, NetNS: a.NetNS})
+	if err != nil || cached == nil {
+		return store.Attachment{}, errors.Join(err, errors.New("no result"))
+	}
+	result, err := current.NewResultFromResult(cached)
+	if err != nil {
+		return store.Attachment{}, err
+	}
+	at := store.Attachment{
+		Network: a.Network, ContainerID: a.ContainerID, IfName: a.IfName,
+		Sandbox: a.NetNS, SandboxID: kernel.SandboxID(a.NetNS),
+	}
+	for _, ip := range result.IPs {
+		if addr, ok := netipx.FromStdIP(ip.Address.IP); ok {
+			at.Addresses = append(at.Addresses, addr)
+		}
+	}
+	return at, nil
+}
+
+// teardown takes away all of ours that the kernel holds, and what the node kept
+// for this boot. Routes go first and the guard last, see mesh.Diff.
+func teardown(_ context.Context, c config.Config, k *kernel.Kernel, log *slog.Logger) error {
+	if err := reconcile.Clear(k, log); err != nil {
+		return err
+	}
+	// What was known of the mesh would build the tunnel again at the next ADD.
+	for _, path := range []string{store.KnownPath(c.StateDir), store.KnownPath(c.StateDir) + ".lock"} {
+		if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+	}
+	return os.RemoveAll(c.RunDir)
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wgcni/wgcni/pkg/kernel/userspace"
+	"github.com/wgcni/wgcni/pkg/reconcile"
+)
+
+func runCommand(o *options) *cobra.Command {
+	var logFormat string
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Keep this node in the mesh",
+		Long: `Keep this node in the mesh, until SIGTERM or SIGINT. The node's traffic does not
+depend on this process: when it ends, everything stays as it is.`,
+		Example: "  wgcnid run\n  wgcnid run --config /etc/cni/net.d/10-pods.conflist --log json",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := newLogger(cmd.ErrOrStderr(), logFormat)
+			if err != nil {
+				return err
+			}
+			return run(cmd.Context(), *o, log)
+		},
+	}
+	cmd.Flags().StringVar(&logFormat, "log", "text", "log format: text or json")
+	return cmd
+}
+
+func newLogger(w io.Writer, format string) (*slog.Logger, error) {
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(w, nil)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, nil)), nil
+	}
+	return nil, fmt.Errorf("--log: %q is neither text nor json", format)
+}
+
+func run(ctx context.Context, o options, log *slog.Logger) error {
+	c, err := o.load()
+	if err != nil {
+		return err
+	}
+	lock, err := reconcile.HoldHelperLock(c.RunDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close() //nolint:errcheck // releases the lock
+	k, err := openKernel(c)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	loop, err := newLoop(o, c, k, log)
+	if err != nil {
+		return err
+	}
+	log.Info("starting", "node", c.NodeName, "publicKey", loop.Key.String(), "interface", c.Interface,
+		"clusterCIDRs", c.ClusterCIDRs, "podCIDRs", c.PodCIDRs, "registry", loop.Registry.String())
+	err = loop.Run(ctx)
+	if errors.Is(err, reconcile.ErrLeft) {
+		log.Info("this node was removed from the mesh; taking down the tunnel", "mend", "start wgcnid again to join")
+		return teardown(ctx, c, k, log)
+	}
+	if err == nil {
+		log.Info("stopping; traffic goes on")
+	}
+	return err
+}
+
+// tunnelCommand is the process of a userspace WireGuard interface.
+func tunnelCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    userspace.Command + " NAME MTU",
+		Short:  "Be a userspace WireGuard interface",
+		Hidden: true,
+		Args:   cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			mtu, err := strconv.Atoi(args[1])
+			if err != nil {
+				return fmt.Errorf("MTU %q: %w", args[1], err)
+			}
+			// A terminal's Ctrl-C and hang-up are meant for the helper.
+			signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
+			ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+			defer stop()
+			return userspace.Run(ctx, args[0], mtu, log.New(&boundedFile{f: os.Stderr}, "", log.LstdFlags))
+		},
+	}
+}
+
+// boundedFile empties its file before it grows beyond a megabyte: the process may run for years.
+type boundedFile struct {
+	f *os.File
+	n int
+}
+
+func (b *boundedFile) Write(p []byte) (int, error) {
+	if b.n += len(p); b.n > 1<<20 {
+		b.n = len(p)
+		_ = b.f.Truncate(0) // fails on a terminal, which needs no bound
+		_, _ = b.f.Seek(0, io.SeekStart)
+	}
+	return b.f.Write(p)
+}

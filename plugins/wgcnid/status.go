@@ -1,0 +1,282 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+func statusCommand(o *options) *cobra.Command {
+	var asJSON, watch bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show whether pod traffic is encrypted, and every peer",
+		Long: `Show whether pod traffic is encrypted, and every peer. What is shown is read from
+the kernel, so that it is true whether wgcnid runs or not.`,
+		Example: "  wgcnid status\n  wgcnid status --watch\n  wgcnid status --json | jq '.peers[] | select(.state != \"connected\")'",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			out := cmd.OutOrStdout()
+			for {
+				s, err := readStatus(cmd.Context(), *o)
+				if err != nil {
+					return err
+				}
+				if watch && !asJSON {
+					fmt.Fprint(out, "\x1b[H\x1b[2J") // home, clear
+				}
+				if err := printStatus(out, s, asJSON); err != nil || !watch {
+					return err
+				}
+				select {
+				case <-cmd.Context().Done():
+					return nil
+				case <-time.After(time.Second):
+				}
+			}
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	cmd.Flags().BoolVar(&watch, "watch", false, "print it again every second, until Ctrl-C")
+	return cmd
+}
+
+// Status is what `wgcnid status --json` prints.
+type Status struct {
+	Time       time.Time       `json:"time"`
+	Node       string          `json:"node"`
+	PublicKey  string          `json:"publicKey,omitempty"`
+	Encryption mesh.Encryption `json:"encryption"`
+	Verdict    string          `json:"verdict"` // one sentence
+	OK         bool            `json:"ok"`      // the kernel holds the plan, tunnel included
+	Interface  mesh.Link       `json:"interface"`
+	Helper     bool            `json:"helperRunning"`
+	Registry   string          `json:"registry"`
+	Pods       int             `json:"pods"`
+	Prefixes   []netip.Prefix  `json:"prefixes,omitempty"` // this node's own
+	Peers      []PeerStatus    `json:"peers"`
+	Dropped    kernel.Drops    `json:"plaintextDropped"`
+	Pending    []string        `json:"pending,omitempty"` // ops that the kernel still lacks
+	// Report is the helper's last word, and so may be old.
+	Report *reconcile.Report `json:"report,omitempty"`
+}
+
+// PeerStatus is one line of the table.
+type PeerStatus struct {
+	mesh.Peer
+	State string `json:"state"`
+}
+
+// The states of a peer.
+const (
+	stateConnected  = "connected"    // a handshake within the last three minutes
+	stateIdle       = "idle"         // none lately; the next packet starts one
+	stateWaiting    = "no handshake" // never one
+	stateNoEndpoint = "no endpoint"  // it has to call us
+	stateMissing    = "missing"      // planned, and not in the kernel
+)
+
+func readStatus(ctx context.Context, o options) (Status, error) {
+	c, err := o.load()
+	if err != nil {
+		return Status{}, err
+	}
+	if os.Geteuid() != 0 {
+		return Status{}, errors.New("the kernel tells its WireGuard peers to root only: run it as root")
+	}
+	k, err := kernel.Open(kernel.Config{Interface: c.Interface})
+	if err != nil {
+		return Status{}, err
+	}
+	defer k.Close()
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	known, _, err := store.LoadKnown(ctx, c.StateDir)
+	if err != nil {
+		return Status{}, err
+	}
+	now := time.Now()
+	var public wgtypes.Key
+	key, err := identity.Load(c.StateDir)
+	if err == nil {
+		public = key.Public()
+	} else if !errors.Is(err, identity.ErrNoKey) {
+		return Status{}, err
+	}
+	pass := reconcile.Pass{Config: c, Kernel: k, Known: known, Key: public, Context: mesh.Context{Now: now}}
+	outcome, err := pass.Compare(ctx)
+	if err != nil {
+		return Status{}, err
+	}
+	s := Status{
+		Time: now, Node: c.NodeName, Encryption: c.Encryption, Interface: outcome.Observed.Link,
+		Helper: reconcile.HelperAlive(c.RunDir), Registry: openRegistry(c.Registry).String(),
+		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
+		Peers: peerStatuses(outcome, now),
+	}
+	if public != (wgtypes.Key{}) {
+		s.PublicKey = public.String()
+	}
+	for _, op := range outcome.Ops {
+		s.Pending = append(s.Pending, op.String())
+	}
+	if s.Dropped, err = k.Drops(); err != nil {
+		return Status{}, err
+	}
+	if r, err := readReport(c.RunDir); err == nil {
+		s.Report = &r
+	}
+	s.OK, s.Verdict = verdict(s, c)
+	return s, nil
+}
+
+func peerStatuses(o reconcile.Outcome, now time.Time) []PeerStatus {
+	have := map[wgtypes.Key]mesh.Peer{}
+	for _, p := range o.Observed.Peers {
+		have[p.PublicKey] = p
+	}
+	out := []PeerStatus{}
+	for _, want := range o.Plan.Peers {
+		p, ok := have[want.PublicKey]
+		s := PeerStatus{Peer: p}
+		switch {
+		case !ok:
+			s.Peer, s.State = want, stateMissing
+		case !p.LastHandshake.IsZero() && now.Sub(p.LastHandshake) < mesh.HandshakeFresh:
+			s.State = stateConnected
+		case !p.LastHandshake.IsZero():
+			s.State = stateIdle
+		case !p.Endpoint.IsValid():
+			s.State = stateNoEndpoint
+		default:
+			s.State = stateWaiting
+		}
+		s.Name = want.Name
+		out = append(out, s)
+	}
+	return out
+}
+
+// verdict answers the one question that people have.
+func verdict(s Status, c config.Config) (bool, string) {
+	switch {
+	case s.PublicKey == "":
+		return false, "Pod traffic to other nodes is dropped: this node has not joined yet. Start wgcnid."
+	case s.Interface.Name == "" && c.Encryption == mesh.Required:
+		return false, fmt.Sprintf("Pod traffic to other nodes is dropped: interface %s is missing. Is wgcnid running?", c.Interface)
+	case s.Interface.Name == "":
+		return false, fmt.Sprintf("Pod traffic is NOT encrypted: interface %s is missing. Is wgcnid running?", c.Interface)
+	case len(s.Pending) > 0:
+		return false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs."
+	case c.Encryption == mesh.Preferred:
+		return true, fmt.Sprintf("Pod traffic to %d joined nodes is encrypted; to all others it flows in the clear (encryption is \"preferred\").", len(s.Peers))
+	}
+	return true, fmt.Sprintf("Pod traffic to all %d other nodes is encrypted; nothing leaves in the clear.", len(s.Peers))
+}
+
+func printStatus(w io.Writer, s Status, asJSON bool) error {
+	if asJSON {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(s)
+	}
+	var b strings.Builder
+	fmt.Fprintln(&b, s.Verdict)
+	fmt.Fprintf(&b, "\nnode       %s, %d pods, prefixes %s\n", s.Node, s.Pods, list(s.Prefixes))
+	if s.Interface.Name != "" {
+		fmt.Fprintf(&b, "interface  %s, UDP port %d, MTU %d, public key %s\n", s.Interface.Name, s.Interface.ListenPort, s.Interface.MTU, s.PublicKey)
+	}
+	fmt.Fprintf(&b, "helper     %s\n", map[bool]string{true: "running", false: "NOT running: traffic flows, changes are not followed"}[s.Helper])
+	fmt.Fprintf(&b, "registry   %s%s\n", s.Registry, registryNote(s))
+	fmt.Fprintf(&b, "dropped    %d plaintext packets on their way out, %d on their way in\n\n", s.Dropped.Out.Packets, s.Dropped.In.Packets)
+
+	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "PEER\tENDPOINT\tHANDSHAKE\tRECEIVED\tSENT\tPREFIXES\tSTATE")
+	for _, p := range s.Peers {
+		endpoint := "-"
+		if p.Endpoint.IsValid() {
+			endpoint = p.Endpoint.String()
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Name, endpoint, ago(s.Time, p.LastHandshake),
+			size(p.ReceiveBytes), size(p.TransmitBytes), list(p.AllowedIPs), p.State)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	if s.Report != nil {
+		for _, c := range s.Report.Conflicts {
+			fmt.Fprintln(&b, "conflict:", c)
+		}
+		for _, i := range s.Report.Invalid {
+			fmt.Fprintln(&b, "invalid record:", i)
+		}
+		if s.Report.Rival {
+			fmt.Fprintf(&b, "conflict: another node publishes as %s: set \"nodeName\" so that each node has its own\n", s.Node)
+		}
+	}
+	for _, op := range s.Pending {
+		fmt.Fprintln(&b, "pending:", op)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func registryNote(s Status) string {
+	if s.Report == nil || s.Report.RegistryError == "" {
+		return ""
+	}
+	return fmt.Sprintf(", away since %s: %s", s.Report.RegistrySince.Format(time.DateTime), s.Report.RegistryError)
+}
+
+func ago(now, then time.Time) string {
+	if then.IsZero() {
+		return "never"
+	}
+	return max(now.Sub(then), 0).Round(time.Second).String() + " ago"
+}
+
+// size prints bytes as `wg show` does.
+func size(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, exp := float64(n)/unit, 0
+	for value >= unit && exp < 4 {
+		value, exp = value/unit, exp+1
+	}
+	return fmt.Sprintf("%.2f %ciB", value, "KMGTP"[exp])
+}
+
+// list prints at most a few prefixes.
+func list(prefixes []netip.Prefix) string {
+	const most = 4
+	var words []string
+	for _, p := range prefixes[:min(len(prefixes), most)] {
+		words = append(words, p.String())
+	}
+	if more := len(prefixes) - most; more > 0 {
+		words = append(words, fmt.Sprintf("and %d more", more))
+	}
+	if len(words) == 0 {
+		return "none"
+	}
+	return strings.Join(words, " ")
+}
