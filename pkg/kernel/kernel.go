@@ -53,9 +53,6 @@ func Open(c Config) (*Kernel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open a netlink socket: %w", err)
 	}
-	// Without it the kernel dumps all routes of all tables for each question.
-	// Kernels before 4.20 lack it, and are asked the long way.
-	_ = rt.SetStrictCheck(true)
 	return &Kernel{Config: c, rt: rt}, nil
 }
 

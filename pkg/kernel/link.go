@@ -116,6 +116,7 @@ func (k *Kernel) setLink(o mesh.SetLink) error {
 	// Some distributions switch IPv6 off for new interfaces; the tunnel's own
 	// addresses would then be refused. Ours alone, so there is nothing to restore.
 	_ = writeSysctl("net/ipv6/conf/"+o.Name+"/disable_ipv6", "0")
+	_ = writeSysctl("net/ipv6/conf/"+o.Name+"/addr_gen_mode", "1") // no link-local address, as the kernel's own WireGuard
 	return k.rt.LinkSetUp(l)
 }
 

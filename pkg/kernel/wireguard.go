@@ -6,8 +6,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
+	"time"
 
 	"go4.org/netipx"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
@@ -72,11 +75,28 @@ func (k *Kernel) configureLink(l mesh.Link) error {
 		return errors.New("the private key has changed since the plan was made; the next pass will use it")
 	}
 	mark := int(l.FwMark)
-	err = k.wg.configure(l.Name, wgtypes.Config{PrivateKey: &key, ListenPort: &l.ListenPort, FirewallMark: &mark})
-	if err != nil {
-		return fmt.Errorf("%w (is UDP port %d taken? set \"listenPort\" to another)", err, l.ListenPort)
+	set := func(port int) error {
+		return k.wg.configure(l.Name, wgtypes.Config{PrivateKey: &key, ListenPort: &port, FirewallMark: &mark})
 	}
-	return nil
+	err = set(l.ListenPort)
+	for give := time.Now().Add(portWait); portTaken(err) && time.Now().Before(give); err = set(l.ListenPort) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	if portTaken(err) {
+		// Userspace WireGuard remembers a port that it could not open, and would
+		// seem to be as planned. With any other port it does not.
+		_ = set(0)
+		return fmt.Errorf("UDP port %d is taken by another program: find it with `ss -ulpn`, or set \"listenPort\" to another (%w)", l.ListenPort, err)
+	}
+	return err
+}
+
+// portWait is how long a tunnel process that was killed may take to let go of its port.
+const portWait = 500 * time.Millisecond
+
+// portTaken knows EADDRINUSE in both its forms: userspace WireGuard's answer has no type.
+func portTaken(err error) bool {
+	return errors.Is(err, unix.EADDRINUSE) || err != nil && strings.Contains(err.Error(), fmt.Sprintf("errno=-%d", unix.EADDRINUSE))
 }
 
 func isPeerOp(op mesh.Op) bool {

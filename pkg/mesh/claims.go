@@ -150,20 +150,25 @@ func (o *Ownership) settlePrefixes(nodes []Node, clusterCIDRs []netip.Prefix, by
 	slices.SortStableFunc(claims, func(a, b holding) int {
 		return cmp.Or(a.since.Compare(b.since), cmp.Compare(a.node, b.node), ComparePrefixes(a.prefix, b.prefix))
 	})
+	alone := uncontested(claims)
 	var held overlapIndex
-	var out []holding
-	for _, h := range claims {
+	out := make([]holding, 0, len(claims))
+	for i, h := range claims {
 		if !o.permitted(h, clusterCIDRs) {
 			continue
 		}
-		if other, found := held.overlapping(h); found {
-			o.refuse(h.node, h.prefix, "%s has held %s longer", other.node, other.prefix)
-			continue
+		if !alone[i] {
+			if other, found := held.overlapping(h); found {
+				o.refuse(h.node, h.prefix, "%s has held %s longer", other.node, other.prefix)
+				continue
+			}
 		}
 		if !o.clearOfEndpoints(h, byAddr) { // last: a refused claim must not cost anyone an endpoint
 			continue
 		}
-		held.add(h)
+		if !alone[i] {
+			held.add(h)
+		}
 		out = append(out, h)
 		o.Prefixes[h.node] = append(o.Prefixes[h.node], h.prefix)
 	}
@@ -276,92 +281,4 @@ func (o *Ownership) maySkipTunnel(n Node, a netip.Addr, owner map[netip.Prefix]h
 		}
 	}
 	return true
-}
-
-// overlapIndex finds a prefix that another node holds and that overlaps a given
-// one, in time that grows with the length of an address, not with the mesh.
-type overlapIndex struct {
-	exact map[netip.Prefix]holding
-	// above has, for every shorter prefix that contains a held one, the held
-	// ones of up to two different nodes: enough to name one that is not mine.
-	above map[netip.Prefix][]holding
-}
-
-func (x *overlapIndex) add(h holding) {
-	if x.exact == nil {
-		x.exact, x.above = map[netip.Prefix]holding{}, map[netip.Prefix][]holding{}
-	}
-	x.exact[h.prefix] = h
-	for bits := h.prefix.Bits() - 1; bits >= 0; bits-- {
-		p := netip.PrefixFrom(h.prefix.Addr(), bits).Masked()
-		known := x.above[p]
-		if len(known) == 2 || len(known) == 1 && known[0].node == h.node {
-			break // then all shorter ones know as much
-		}
-		x.above[p] = append(known, h)
-	}
-}
-
-// overlapping returns a held prefix of a node other than the claimant that overlaps its claim.
-func (x *overlapIndex) overlapping(claim holding) (holding, bool) {
-	for _, h := range x.above[claim.prefix] {
-		if h.node != claim.node {
-			return h, true
-		}
-	}
-	for bits := claim.prefix.Bits(); bits >= 0; bits-- {
-		h, ok := x.exact[netip.PrefixFrom(claim.prefix.Addr(), bits).Masked()]
-		if ok && h.node != claim.node {
-			return h, true
-		}
-	}
-	return holding{}, false
-}
-
-// Announce returns the claims that a node publishes: its own prefixes, and the
-// fewest prefixes that cover exactly its pods outside of them. Claims that it
-// held before keep their time; new ones begin at now.
-func Announce(prefixes, clusterCIDRs []netip.Prefix, pods []netip.Addr, before Node, now time.Time) (own, single []Claim) {
-	for _, p := range unsortedUnique(prefixes) {
-		if anyCovers(clusterCIDRs, p) {
-			own = append(own, keepTime(before.Prefixes, p, now))
-		}
-	}
-	for _, p := range Merge(hostPrefixes(outside(pods, claimPrefixes(own), clusterCIDRs))) {
-		single = append(single, keepTime(before.Pods, p, now))
-	}
-	return own, single
-}
-
-func keepTime(before []Claim, p netip.Prefix, now time.Time) Claim {
-	for _, c := range before {
-		if c.Prefix == p {
-			return c
-		}
-	}
-	return Claim{Prefix: p, Since: now}
-}
-
-// outside returns the pods that are in the cluster but in none of the node's prefixes.
-func outside(pods []netip.Addr, prefixes, clusterCIDRs []netip.Prefix) []netip.Addr {
-	var out []netip.Addr
-	for _, a := range pods {
-		a = a.Unmap() // net.IP's 16 byte form would be in no IPv4 prefix, and its pod unprotected
-		if anyContains(clusterCIDRs, a) && !anyContains(prefixes, a) {
-			out = append(out, a)
-		}
-	}
-	slices.SortFunc(out, netip.Addr.Compare)
-	return slices.Compact(out)
-}
-
-// unsortedUnique masks, and drops repetitions; the first prefix of each family stays first.
-func unsortedUnique(in []netip.Prefix) []netip.Prefix {
-	var out []netip.Prefix
-	for _, p := range in {
-		if p = p.Masked(); !slices.Contains(out, p) {
-			out = append(out, p)
-		}
-	}
-	return out
 }

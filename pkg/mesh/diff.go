@@ -32,6 +32,7 @@ func Diff(observed, planned State, c Context) []Op {
 	d := differ{observed: observed, planned: planned, Context: c}
 	d.addFilter()
 	d.renameLink()
+	d.index()
 	d.addLink()
 	d.addRoutes(func(r Route) bool { return r.Type != ViaLink })
 	d.setPeers(false)
@@ -51,7 +52,21 @@ func Diff(observed, planned State, c Context) []Op {
 type differ struct {
 	observed, planned State
 	Context
-	ops []Op
+	havePeers map[wgtypes.Key]*Peer
+	// haveRoutes and wantRoutes are those in which the states may differ.
+	haveRoutes, wantRoutes []Route
+	ops                    []Op
+}
+
+func (d *differ) index() {
+	d.havePeers = make(map[wgtypes.Key]*Peer, len(d.observed.Peers))
+	for i := range d.observed.Peers {
+		d.havePeers[d.observed.Peers[i].PublicKey] = &d.observed.Peers[i]
+	}
+	d.haveRoutes, d.wantRoutes = d.observed.Routes, d.planned.Routes
+	if d.linkStays() { // else even equal ones are to be made anew
+		d.haveRoutes, d.wantRoutes = trim(d.haveRoutes, d.wantRoutes)
+	}
 }
 
 func (d *differ) add(o Op) { d.ops = append(d.ops, o) }
@@ -154,8 +169,8 @@ func routesByKey(routes []Route) map[routeKey]Route {
 }
 
 func (d *differ) addRoutes(wanted func(Route) bool) {
-	have := routesByKey(d.observed.Routes)
-	for _, r := range d.planned.Routes {
+	have := routesByKey(d.haveRoutes)
+	for _, r := range d.wantRoutes {
 		if !wanted(r) {
 			continue
 		}
@@ -167,9 +182,9 @@ func (d *differ) addRoutes(wanted func(Route) bool) {
 }
 
 func (d *differ) removeRoutes() {
-	want := routesByKey(d.planned.Routes)
+	want := routesByKey(d.wantRoutes)
 	for _, last := range []bool{false, true} { // the guard routes go last
-		for _, r := range d.observed.Routes {
+		for _, r := range d.haveRoutes {
 			if _, ok := want[r.key()]; !ok && (r.Type == Unreachable) == last {
 				d.add(RemoveRoute{r})
 			}
@@ -191,23 +206,19 @@ func (d *differ) removeRules() {
 
 // setPeers adds (or, in the later half, removes) allowed IPs, with all else that a peer needs.
 func (d *differ) setPeers(removing bool) {
-	have := make(map[wgtypes.Key]Peer, len(d.observed.Peers))
-	for _, p := range d.observed.Peers {
-		have[p.PublicKey] = p
-	}
-	taken := map[netip.Prefix]bool{}
-	if removing {
-		for _, p := range d.planned.Peers {
-			for _, ip := range p.AllowedIPs {
-				taken[ip] = true
-			}
-		}
-	}
+	var taken map[netip.Prefix]bool // made when something is removed, which is rare
 	for _, want := range d.planned.Peers {
-		h, known := have[want.PublicKey]
+		h, known := d.havePeers[want.PublicKey]
+		if !known {
+			h = &Peer{}
+		}
 		o := SetPeer{Link: d.planned.Link.Name, PublicKey: want.PublicKey, Name: want.Name}
 		if removing {
-			for _, ip := range difference(h.AllowedIPs, want.AllowedIPs) {
+			gone := difference(h.AllowedIPs, want.AllowedIPs)
+			if len(gone) > 0 && taken == nil {
+				taken = allAllowed(d.planned.Peers)
+			}
+			for _, ip := range gone {
 				if !taken[ip] {
 					o.Remove = append(o.Remove, ip)
 				}
@@ -218,7 +229,7 @@ func (d *differ) setPeers(removing bool) {
 			continue
 		}
 		o.Add = difference(want.AllowedIPs, h.AllowedIPs)
-		if d.endpointDiffers(h, want) {
+		if d.endpointDiffers(*h, want) {
 			o.Endpoint = want.Endpoint
 		}
 		if h.Keepalive != want.Keepalive {
@@ -228,6 +239,16 @@ func (d *differ) setPeers(removing bool) {
 			d.add(o)
 		}
 	}
+}
+
+func allAllowed(peers []Peer) map[netip.Prefix]bool {
+	m := make(map[netip.Prefix]bool, len(peers))
+	for _, p := range peers {
+		for _, ip := range p.AllowedIPs {
+			m[ip] = true
+		}
+	}
+	return m
 }
 
 // endpointDiffers leaves a peer alone that has roamed and talks to us.
@@ -244,7 +265,7 @@ func (d *differ) removePeers() {
 	if !d.linkStays() || d.planned.Link.Name == "" {
 		return // they go with the interface
 	}
-	want := map[wgtypes.Key]bool{}
+	want := make(map[wgtypes.Key]bool, len(d.planned.Peers))
 	for _, p := range d.planned.Peers {
 		want[p.PublicKey] = true
 	}

@@ -69,7 +69,7 @@ func newKernel(s mesh.State) *kerneltest.Kernel {
 	k.AddForeignRoute(mesh.Route{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Table: kerneltest.MainTable}, kerneltest.Uplink)
 	k.AddForeignRoute(mesh.Route{Prefix: netip.MustParsePrefix("10.99.0.0/16"), Table: 5182}, "eth9")
 	k.AddForeignRule(mesh.Rule{Priority: 100, FwMark: 0x20000, Table: 52})
-	k.AddForeignRule(mesh.Rule{IPv6: true, Priority: 5182, FwMark: 0x20000, Table: 5182})
+	k.AddForeignRule(mesh.Rule{IPv6: true, Priority: 5182, FwMark: 0x20000, Table: 53})
 	if err := k.Apply(mesh.Diff(mesh.State{}, s, mesh.Context{})); err != nil {
 		panic(err)
 	}
@@ -190,10 +190,11 @@ func newWatch(before, after mesh.State, pods []netip.Addr) watch {
 	w := watch{stays: map[netip.Prefix]wgtypes.Key{}, moves: map[netip.Prefix]bool{}, foreign: foreignLines(newKernel(mesh.State{}))}
 	owner := owners(after)
 	for p, k := range owners(before) {
-		switch owner[p] {
-		case k:
+		switch {
+		case owner[p] == k:
 			w.stays[p] = k
-		case wgtypes.Key{}:
+		case owner[p] == wgtypes.Key{}:
+		case k == after.Link.PublicKey: // WireGuard drops the peer that has its own new key
 		default:
 			w.moves[p] = true
 		}

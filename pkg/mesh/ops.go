@@ -221,7 +221,8 @@ func NeedsLink(o Op) bool {
 
 // difference returns the elements of a that are not in b, in a's order.
 func difference[T comparable](a, b []T) []T {
-	if slices.Equal(a, b) {
+	a, b = trim(a, b)
+	if len(a) == 0 {
 		return nil // nearly always, for each of thousands of peers
 	}
 	in := make(map[T]bool, len(b))
@@ -229,4 +230,16 @@ func difference[T comparable](a, b []T) []T {
 		in[x] = true
 	}
 	return slices.DeleteFunc(slices.Clone(a), func(x T) bool { return in[x] })
+}
+
+// trim drops what both lists begin with, and what they end with: of two sorted
+// lists with one change between them, next to everything.
+func trim[T comparable](a, b []T) ([]T, []T) {
+	for len(a) > 0 && len(b) > 0 && a[0] == b[0] {
+		a, b = a[1:], b[1:]
+	}
+	for len(a) > 0 && len(b) > 0 && a[len(a)-1] == b[len(b)-1] {
+		a, b = a[:len(a)-1], b[:len(b)-1]
+	}
+	return a, b
 }

@@ -60,6 +60,7 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 			ours[r.Prefix] = true
 		}
 	}
+	p.Peers, p.Routes = make([]Peer, 0, len(nodes)), slices.Grow(p.Routes, 2*len(nodes))
 	for _, n := range nodes {
 		if owners.Refused[n.Name] {
 			continue

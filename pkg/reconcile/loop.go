@@ -72,6 +72,7 @@ type Loop struct {
 	observed  *mesh.State // what the kernel holds as far as is known; nil: ask it
 	moved     map[wgtypes.Key]bool
 	joined    bool             // our record was in the registry at some time of this run
+	failing   string           // what the last pass failed with
 	rival     bool             // somebody else publishes under our name
 	pods      []netip.Addr     // attached to this node, as of the last pass
 	published *registry.Record // what was published since the registry's last word
@@ -196,6 +197,11 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 	if !l.lookBelow() && l.underlay.MTU == 0 && l.config.Endpoint == "" {
 		l.Log.Warn("no default route: this node has no address that others could reach it at", "mend", "set \"endpoint\", unless it lies behind NAT")
 	}
+	for _, p := range l.config.PodCIDRs {
+		if !slices.ContainsFunc(l.config.ClusterCIDRs, func(q netip.Prefix) bool { return q.Overlaps(p) && q.Bits() <= p.Bits() }) {
+			l.Log.Warn("a range of this node's pods is not inside clusterCIDRs: its traffic is not encrypted", "range", p, "mend", "add it to clusterCIDRs on every node")
+		}
+	}
 	l.sweep(ctx)
 	l.adopt(ctx)
 	return nil
@@ -277,8 +283,12 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	l.logOps(o.Ops)
 	if err != nil {
 		l.observed = nil
-		l.Log.Error("pass failed; trying again", "error", err)
+		if text := err.Error(); text != l.failing { // else it would be said every second
+			l.Log.Error("pass failed; trying again every second", "error", err)
+			l.failing = text
+		}
 	} else {
+		l.failing = ""
 		l.observed, l.moved = &o.Plan.State, nil
 		l.pods = store.Addresses(o.Pods)
 		l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, l.known.Self, now)

@@ -15,6 +15,7 @@ import (
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/store"
 )
 
 // SelfRecord is the record that a node publishes about itself, but for its
@@ -60,6 +61,30 @@ func FindMTU(u kernel.Underlay, self registry.Record, records registry.Snapshot)
 		underlay = 1500
 	}
 	return mesh.TunnelMTU(underlay, all)
+}
+
+// Bootstrap completes what is known on a node where the helper has not run yet:
+// its own prefixes and the MTU, from the configuration and the underlay alone.
+// The plugin's stanza does not say what ranges its siblings have, so that they
+// are looked up in the CNI folder.
+func Bootstrap(c config.Config, known store.Known, underlay func() (kernel.Underlay, error), now time.Time) (store.Known, error) {
+	if known.Self.Since.IsZero() {
+		if len(c.PodCIDRs) == 0 {
+			// None found: the pods' own addresses are guarded one by one.
+			c.PodCIDRs, _ = config.FindPodCIDRs(c.Name, config.DefaultDir)
+		}
+		known.Self.Prefixes, _ = mesh.Announce(c.PodCIDRs, c.ClusterCIDRs, nil, mesh.Node{}, now)
+	}
+	if known.MTU == 0 {
+		u, err := underlay()
+		if err != nil {
+			return known, err
+		}
+		self := known.Self
+		self.Endpoints = Endpoints(c, u)
+		known.MTU = FindMTU(u, self, known.Records)
+	}
+	return known, nil
 }
 
 // Resolver turns the endpoints of records into addresses. Names are looked up

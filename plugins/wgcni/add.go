@@ -131,8 +131,7 @@ func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k
 	return applied, true, nil
 }
 
-// wholePass plans from what the node knows of the mesh, and from its own
-// configuration alone before the helper's first start.
+// wholePass plans from what the node knows of the mesh.
 func wholePass(ctx context.Context, conf config.Config, k *kernel.Kernel) (reconcile.Pass, error) {
 	known, damaged, err := store.LoadKnown(ctx, conf.StateDir)
 	if err != nil {
@@ -142,22 +141,8 @@ func wholePass(ctx context.Context, conf config.Config, k *kernel.Kernel) (recon
 		warn("%v", damaged)
 	}
 	now := time.Now()
-	if known.Self.Since.IsZero() {
-		if len(conf.PodCIDRs) == 0 {
-			if conf.PodCIDRs, err = config.FindPodCIDRs(conf.Name, config.DefaultDir); err != nil {
-				warn("%v", err)
-			}
-		}
-		known.Self.Prefixes, _ = mesh.Announce(conf.PodCIDRs, conf.ClusterCIDRs, nil, mesh.Node{}, now)
-	}
-	if known.MTU == 0 {
-		under, err := k.Underlay()
-		if err != nil {
-			return reconcile.Pass{}, err
-		}
-		self := known.Self
-		self.Endpoints = reconcile.Endpoints(conf, under)
-		known.MTU = reconcile.FindMTU(under, self, known.Records)
+	if known, err = reconcile.Bootstrap(conf, known, k.Underlay, now); err != nil {
+		return reconcile.Pass{}, err
 	}
 	key, err := publicKey(conf.StateDir)
 	if err != nil {

@@ -53,7 +53,7 @@ func check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	outcome, err := settled(ctx, pass)
+	outcome, err := settled(ctx, pass, k)
 	if err != nil {
 		return err
 	}
@@ -73,22 +73,17 @@ func check(args *skel.CmdArgs) error {
 }
 
 // settled compares until nothing differs, or the time that convergence may take is over.
-func settled(ctx context.Context, pass reconcile.Pass) (reconcile.Outcome, error) {
+func settled(ctx context.Context, pass reconcile.Pass, k *kernel.Kernel) (reconcile.Outcome, error) {
 	deadline := time.Now().Add(convergence)
 	for {
-		pass.Context.Now = time.Now()
-		known, _, err := store.LoadKnown(ctx, pass.Config.StateDir)
-		if err != nil {
-			return reconcile.Outcome{}, err
-		}
-		if !known.Self.Since.IsZero() {
-			pass.Known = known
-		}
 		outcome, err := pass.Compare(ctx)
 		if err != nil || len(outcome.Ops) == 0 || time.Now().After(deadline) {
 			return outcome, err
 		}
 		time.Sleep(50 * time.Millisecond)
+		if pass, err = wholePass(ctx, pass.Config, k); err != nil {
+			return reconcile.Outcome{}, err
+		}
 	}
 }
 

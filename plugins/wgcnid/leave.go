@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -42,7 +45,7 @@ deletes it too.`,
 				return err
 			}
 			if purge {
-				if err := os.RemoveAll(c.StateDir); err != nil {
+				if err := removeFolder(c.StateDir); err != nil {
 					return err
 				}
 			}
@@ -108,4 +111,24 @@ func awaitHelperEnd(ctx context.Context, runDir string) (*os.File, error) {
 			return nil, errors.New("wgcnid still runs on this node: stop it (`systemctl stop wgcnid`) and run `wgcnid leave` again")
 		}
 	}
+}
+
+// removeFolder deletes a folder with all it holds. One that is a mount stays, empty.
+func removeFolder(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, syscall.EBUSY) {
+		return err
+	}
+	return nil
 }

@@ -148,5 +148,5 @@ func teardown(_ context.Context, c config.Config, k *kernel.Kernel, log *slog.Lo
 			return err
 		}
 	}
-	return os.RemoveAll(c.RunDir)
+	return removeFolder(c.RunDir)
 }

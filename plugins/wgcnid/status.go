@@ -113,6 +113,9 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 		return Status{}, err
 	}
 	now := time.Now()
+	if known, err = reconcile.Bootstrap(c, known, k.Underlay, now); err != nil {
+		return Status{}, err
+	}
 	var public wgtypes.Key
 	key, err := identity.Load(c.StateDir)
 	if err == nil {
@@ -185,6 +188,8 @@ func verdict(s Status, c config.Config) (bool, string) {
 		return false, fmt.Sprintf("Pod traffic is NOT encrypted: interface %s is missing. Is wgcnid running?", c.Interface)
 	case len(s.Pending) > 0:
 		return false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs."
+	case len(s.Peers) == 0 && c.Encryption == mesh.Required:
+		return true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear."
 	case c.Encryption == mesh.Preferred:
 		return true, fmt.Sprintf("Pod traffic to %d joined nodes is encrypted; to all others it flows in the clear (encryption is \"preferred\").", len(s.Peers))
 	}

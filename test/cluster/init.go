@@ -18,10 +18,7 @@ import (
 // initArg0 is argv[0] of a machine's init, which also makes it easy to spot in ps.
 const initArg0 = "wgcni-machine"
 
-const (
-	readyLine = "ready"
-	stopLine  = "stop"
-)
+const readyLine = "ready"
 
 // initSpec is the first line that an init reads from its stdin.
 type initSpec struct {
@@ -48,15 +45,14 @@ func Init() {
 	}
 	go reap()
 	fmt.Println(readyLine)
-	line, err := stdin.ReadString('\n')
-	if line == stopLine+"\n" {
-		os.Exit(0)
-	}
-	if err != io.EOF {
+	// The harness writes nothing more, and kills us when it wants us to end: an
+	// end of the pipe means that it has died.
+	if _, err := io.Copy(io.Discard, stdin); err != nil {
 		fmt.Fprintln(os.Stderr, "read from harness:", err)
 	}
+	_ = unix.Kill(-1, unix.SIGKILL) // all of this PID namespace, without PID 1
 	removeAfterDeath(spec.Remove)
-	os.Exit(0) // the kernel kills the rest of the PID namespace
+	os.Exit(0) // and the kernel kills whatever was started since
 }
 
 // setUpMachine makes the namespaces, in which the process already is, look like a machine.
@@ -191,7 +187,6 @@ func removeAfterDeath(dir string) {
 	if dir == "" {
 		return
 	}
-	_ = unix.Kill(-1, unix.SIGKILL) // all of this PID namespace, without PID 1
 	for range 100 {
 		if os.RemoveAll(dir) == nil {
 			if _, err := os.Lstat(dir); os.IsNotExist(err) {

@@ -36,8 +36,8 @@ type Machine struct {
 	remove string // on the host: what the init removes if the harness dies
 
 	mu    sync.Mutex
-	init  *exec.Cmd // nil while the machine is stopped
-	stdin io.WriteCloser
+	init  *exec.Cmd      // nil while the machine is stopped
+	stdin io.WriteCloser // its end tells the init that the harness died
 }
 
 // StartMachine starts a machine that is linked to nothing. Close stops it.
@@ -148,16 +148,15 @@ func (m *Machine) stop() error {
 	if m.init == nil {
 		return nil
 	}
-	_, err := io.WriteString(m.stdin, stopLine+"\n")
-	if err != nil { // the init is gone, or is not reading
-		err = fmt.Errorf("stop machine %s: %w", m.Name, err)
-		_ = m.init.Process.Kill()
+	if err := m.init.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("stop machine %s: %w", m.Name, err)
 	}
-	if werr := m.init.Wait(); werr != nil {
-		err = errors.Join(err, fmt.Errorf("stop machine %s: init: %w", m.Name, werr))
+	var killed *exec.ExitError
+	if err := m.init.Wait(); err != nil && !errors.As(err, &killed) {
+		return fmt.Errorf("stop machine %s: wait for its init: %w", m.Name, err)
 	}
 	m.init, m.stdin = nil, nil
-	return err
+	return nil
 }
 
 // Reboot stops the machine as a power cut does and starts it anew: no process,

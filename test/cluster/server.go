@@ -59,7 +59,8 @@ func (s *Server) listen() error {
 		return err
 	}
 	s.closers = append(s.closers, c4)
-	if err := ipv4.NewPacketConn(c4).SetControlMessage(ipv4.FlagDst, true); err != nil {
+	p4 := ipv4.NewPacketConn(c4) // remembers the flags, the socket alone won't do
+	if err := p4.SetControlMessage(ipv4.FlagDst, true); err != nil {
 		return fmt.Errorf("ask for destination addresses: %w", err)
 	}
 	c6, err := lc.ListenPacket(ctx, "udp6", fmt.Sprintf(":%d", s.Port))
@@ -67,11 +68,12 @@ func (s *Server) listen() error {
 		return err
 	}
 	s.closers = append(s.closers, c6)
-	if err := ipv6.NewPacketConn(c6).SetControlMessage(ipv6.FlagDst, true); err != nil {
+	p6 := ipv6.NewPacketConn(c6)
+	if err := p6.SetControlMessage(ipv6.FlagDst, true); err != nil {
 		return fmt.Errorf("ask for destination addresses: %w", err)
 	}
-	s.running.Go(func() { s.serveUDP(packetConn4{ipv4.NewPacketConn(c4)}) })
-	s.running.Go(func() { s.serveUDP(packetConn6{ipv6.NewPacketConn(c6)}) })
+	s.running.Go(func() { s.serveUDP(packetConn4{p4}) })
+	s.running.Go(func() { s.serveUDP(packetConn6{p6}) })
 	return nil
 }
 
