@@ -233,7 +233,8 @@ func (d *differ) setPeers(removing bool) {
 			o.Endpoint = want.Endpoint
 		}
 		if h.Keepalive != want.Keepalive {
-			o.Keepalive = &want.Keepalive
+			keepalive := want.Keepalive // a copy, or each loop's want lives on the heap
+			o.Keepalive = &keepalive
 		}
 		if !known || o.Endpoint.IsValid() || o.Keepalive != nil || len(o.Add) > 0 {
 			d.add(o)

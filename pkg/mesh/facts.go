@@ -71,21 +71,21 @@ type Claim struct {
 
 // Node is one machine of the mesh, as its record describes it.
 type Node struct {
-	Name      string      `json:"name"`
-	PublicKey wgtypes.Key `json:"publicKey"`
+	Name      string
+	PublicKey wgtypes.Key
 	// Endpoint is where its WireGuard listens; the zero value when it is not
 	// known or could not be resolved.
-	Endpoint netip.AddrPort `json:"endpoint"`
+	Endpoint netip.AddrPort
 	// Prefixes are the node's own pod ranges. Of two nodes that claim the same
 	// addresses the one that has held them longer keeps them.
-	Prefixes []Claim `json:"prefixes,omitempty"`
+	Prefixes []Claim
 	// Pods cover single pods outside of Prefixes. Of two nodes that claim the
 	// same one the newer claim wins, since pods move.
-	Pods []Claim `json:"pods,omitempty"`
+	Pods []Claim
 	// Addresses are the machine's own: never pods.
-	Addresses []netip.Addr `json:"addresses,omitempty"`
+	Addresses []netip.Addr
 	// Since is when the node joined the mesh.
-	Since time.Time `json:"since"`
+	Since time.Time
 }
 
 // TunnelAddresses are the node's addresses inside the tunnel, at most one a

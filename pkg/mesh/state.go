@@ -12,36 +12,36 @@ import (
 // State is what a kernel holds of ours. NewPlan makes the wish, kernel.Observe
 // the observation; both are sorted.
 type State struct {
-	Link      Link           `json:"link"`
-	Addresses []netip.Prefix `json:"addresses,omitempty"` // of Link
-	Peers     []Peer         `json:"peers,omitempty"`     // of Link
-	Routes    []Route        `json:"routes,omitempty"`
-	Rules     []Rule         `json:"rules,omitempty"`
-	Filter    Filter         `json:"filter"`
+	Link      Link
+	Addresses []netip.Prefix // of Link
+	Peers     []Peer         // of Link
+	Routes    []Route
+	Rules     []Rule
+	Filter    Filter
 }
 
 // Link is the WireGuard interface. The zero value is its absence.
 type Link struct {
-	Name       string      `json:"name,omitempty"`
-	MTU        int         `json:"mtu,omitempty"`
-	Up         bool        `json:"up,omitempty"`
-	PublicKey  wgtypes.Key `json:"publicKey"`
-	ListenPort int         `json:"listenPort,omitempty"`
-	FwMark     uint32      `json:"fwmark,omitempty"`
+	Name       string
+	MTU        int
+	Up         bool
+	PublicKey  wgtypes.Key
+	ListenPort int
+	FwMark     uint32
 }
 
 // Peer is one WireGuard peer.
 type Peer struct {
-	Name       string         `json:"name,omitempty"` // of its node; only plans know it
-	PublicKey  wgtypes.Key    `json:"publicKey"`
-	Endpoint   netip.AddrPort `json:"endpoint"`
-	AllowedIPs []netip.Prefix `json:"allowedIPs,omitempty"`
-	Keepalive  time.Duration  `json:"keepalive,omitempty"`
+	Name       string // of its node; only plans know it
+	PublicKey  wgtypes.Key
+	Endpoint   netip.AddrPort
+	AllowedIPs []netip.Prefix
+	Keepalive  time.Duration
 
 	// What only an observation knows.
-	LastHandshake time.Time `json:"lastHandshake,omitzero"`
-	ReceiveBytes  int64     `json:"receiveBytes,omitempty"`
-	TransmitBytes int64     `json:"transmitBytes,omitempty"`
+	LastHandshake time.Time
+	ReceiveBytes  int64
+	TransmitBytes int64
 }
 
 // RouteType is what a route does with a packet.
@@ -62,19 +62,19 @@ const guardMetric = 1 << 20
 
 // Route is one route of ours. Its key is (Prefix, Table, Metric).
 type Route struct {
-	Prefix netip.Prefix `json:"prefix"`
-	Type   RouteType    `json:"type"`
-	Source netip.Addr   `json:"source,omitzero"` // preferred source address, or none
-	Table  int          `json:"table"`
-	Metric int          `json:"metric,omitempty"` // 0 is the family's default
+	Prefix netip.Prefix
+	Type   RouteType
+	Source netip.Addr // preferred source address, or none
+	Table  int
+	Metric int // 0 is the family's default
 }
 
 // Rule sends all packets that do not carry the mark to the table.
 type Rule struct {
-	IPv6     bool   `json:"ipv6,omitempty"`
-	Priority int    `json:"priority"`
-	FwMark   uint32 `json:"fwmark"` // value and mask
-	Table    int    `json:"table"`
+	IPv6     bool
+	Priority int
+	FwMark   uint32 // value and mask
+	Table    int
 }
 
 // Filter is the content of the nftables table. The zero value is its absence.
@@ -85,15 +85,15 @@ type Rule struct {
 // end are excepted. A packet from Local or Pods that leaves by Interface keeps
 // its source address, whatever masquerades later.
 type Filter struct {
-	Interface string         `json:"interface,omitempty"`
-	Cluster   []netip.Prefix `json:"cluster,omitempty"`
-	Guarded   []netip.Prefix `json:"guarded,omitempty"` // disjoint
-	Local     []netip.Prefix `json:"local,omitempty"`   // disjoint: this node's own ranges
-	Pods      []netip.Addr   `json:"pods,omitempty"`    // this node's pods outside of Local
-	Exempt    []netip.Addr   `json:"exempt,omitempty"`  // node addresses inside Cluster
+	Interface string
+	Cluster   []netip.Prefix
+	Guarded   []netip.Prefix // disjoint
+	Local     []netip.Prefix // disjoint: this node's own ranges
+	Pods      []netip.Addr   // this node's pods outside of Local
+	Exempt    []netip.Addr   // node addresses inside Cluster
 	// Broken is set by an observation: the table is there, but its chains or
 	// rules are not as we make them.
-	Broken bool `json:"broken,omitempty"`
+	Broken bool
 }
 
 // present reports whether there is such a table.

@@ -66,7 +66,7 @@ type Status struct {
 	Encryption mesh.Encryption `json:"encryption"`
 	Verdict    string          `json:"verdict"` // one sentence
 	OK         bool            `json:"ok"`      // the kernel holds the plan, tunnel included
-	Interface  mesh.Link       `json:"interface"`
+	Interface  *LinkStatus     `json:"interface"` // null: there is none
 	Helper     bool            `json:"helperRunning"`
 	Registry   string          `json:"registry"`
 	Pods       int             `json:"pods"`
@@ -78,10 +78,24 @@ type Status struct {
 	Report *reconcile.Report `json:"report,omitempty"`
 }
 
+// LinkStatus is the WireGuard interface.
+type LinkStatus struct {
+	Name       string `json:"name"`
+	MTU        int    `json:"mtu"` // bytes
+	Up         bool   `json:"up"`
+	ListenPort int    `json:"listenPort"`
+}
+
 // PeerStatus is one line of the table.
 type PeerStatus struct {
-	mesh.Peer
-	State string `json:"state"`
+	Name          string         `json:"name"`
+	PublicKey     string         `json:"publicKey"`
+	Endpoint      netip.AddrPort `json:"endpoint"` // "" if not known
+	LastHandshake time.Time      `json:"lastHandshake,omitzero"`
+	ReceiveBytes  int64          `json:"receiveBytes"`
+	TransmitBytes int64          `json:"transmitBytes"`
+	AllowedIPs    []netip.Prefix `json:"allowedIPs"`
+	State         string         `json:"state"`
 }
 
 // The states of a peer.
@@ -129,10 +143,13 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 		return Status{}, err
 	}
 	s := Status{
-		Time: now, Node: c.NodeName, Encryption: c.Encryption, Interface: outcome.Observed.Link,
+		Time: now, Node: c.NodeName, Encryption: c.Encryption,
 		Helper: reconcile.HelperAlive(c.RunDir), Registry: openRegistry(c.Registry).String(),
 		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
 		Peers: peerStatuses(outcome, now),
+	}
+	if l := outcome.Observed.Link; l.Name != "" {
+		s.Interface = &LinkStatus{Name: l.Name, MTU: l.MTU, Up: l.Up, ListenPort: l.ListenPort}
 	}
 	if public != (wgtypes.Key{}) {
 		s.PublicKey = public.String()
@@ -158,23 +175,30 @@ func peerStatuses(o reconcile.Outcome, now time.Time) []PeerStatus {
 	out := []PeerStatus{}
 	for _, want := range o.Plan.Peers {
 		p, ok := have[want.PublicKey]
-		s := PeerStatus{Peer: p}
-		switch {
-		case !ok:
-			s.Peer, s.State = want, stateMissing
-		case !p.LastHandshake.IsZero() && now.Sub(p.LastHandshake) < mesh.HandshakeFresh:
-			s.State = stateConnected
-		case !p.LastHandshake.IsZero():
-			s.State = stateIdle
-		case !p.Endpoint.IsValid():
-			s.State = stateNoEndpoint
-		default:
-			s.State = stateWaiting
+		if !ok {
+			p = want
 		}
-		s.Name = want.Name
-		out = append(out, s)
+		out = append(out, PeerStatus{
+			Name: want.Name, PublicKey: p.PublicKey.String(), Endpoint: p.Endpoint, LastHandshake: p.LastHandshake,
+			ReceiveBytes: p.ReceiveBytes, TransmitBytes: p.TransmitBytes, AllowedIPs: p.AllowedIPs,
+			State: peerState(p, ok, now),
+		})
 	}
 	return out
+}
+
+func peerState(p mesh.Peer, present bool, now time.Time) string {
+	switch {
+	case !present:
+		return stateMissing
+	case !p.LastHandshake.IsZero() && now.Sub(p.LastHandshake) < mesh.HandshakeFresh:
+		return stateConnected
+	case !p.LastHandshake.IsZero():
+		return stateIdle
+	case !p.Endpoint.IsValid():
+		return stateNoEndpoint
+	}
+	return stateWaiting
 }
 
 // verdict answers the one question that people have.
@@ -182,9 +206,9 @@ func verdict(s Status, c config.Config) (bool, string) {
 	switch {
 	case s.PublicKey == "":
 		return false, "Pod traffic to other nodes is dropped: this node has not joined yet. Start wgcnid."
-	case s.Interface.Name == "" && c.Encryption == mesh.Required:
+	case s.Interface == nil && c.Encryption == mesh.Required:
 		return false, fmt.Sprintf("Pod traffic to other nodes is dropped: interface %s is missing. Is wgcnid running?", c.Interface)
-	case s.Interface.Name == "":
+	case s.Interface == nil:
 		return false, fmt.Sprintf("Pod traffic is NOT encrypted: interface %s is missing. Is wgcnid running?", c.Interface)
 	case len(s.Pending) > 0:
 		return false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs."
@@ -205,7 +229,7 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	var b strings.Builder
 	fmt.Fprintln(&b, s.Verdict)
 	fmt.Fprintf(&b, "\nnode       %s, %d pods, prefixes %s\n", s.Node, s.Pods, list(s.Prefixes))
-	if s.Interface.Name != "" {
+	if s.Interface != nil {
 		fmt.Fprintf(&b, "interface  %s, UDP port %d, MTU %d, public key %s\n", s.Interface.Name, s.Interface.ListenPort, s.Interface.MTU, s.PublicKey)
 	}
 	fmt.Fprintf(&b, "helper     %s\n", map[bool]string{true: "running", false: "NOT running: traffic flows, changes are not followed"}[s.Helper])

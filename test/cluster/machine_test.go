@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -130,8 +131,8 @@ func TestRebootKeepsDurableFilesOnly(t *testing.T) {
 	}
 }
 
-func TestProcesses(t *testing.T) {
-	m, other := startTestMachine(t, "a"), startTestMachine(t, "b")
+func TestProcessStops(t *testing.T) {
+	m := startTestMachine(t, "a")
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	script := `trap 'echo stopping; exit 7' TERM; echo started; while :; do sleep 0.01; done`
@@ -152,7 +153,12 @@ func TestProcesses(t *testing.T) {
 	if err := p.WaitFor(ctx, "never"); err == nil || ctx.Err() != nil {
 		t.Errorf("WaitFor on an ended program returned %v", err)
 	}
+}
 
+func TestKill9StaysInsideTheMachine(t *testing.T) {
+	m, other := startTestMachine(t, "a"), startTestMachine(t, "b")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
 	var sleeps []*Process
 	for _, on := range []*Machine{m, m, other} {
 		p, err := on.Start("sleep", "54321")
@@ -220,12 +226,15 @@ func TestCommandEndsWithItsContext(t *testing.T) {
 	}
 }
 
-func TestDoReportsGoexit(t *testing.T) {
+func TestDo(t *testing.T) {
 	m := startTestMachine(t, "a")
 	if err := m.Do(func() error { return nil }); err != nil {
 		t.Error(err)
 	}
 	if err := m.Do(func() error { return os.ErrInvalid }); !errors.Is(err, os.ErrInvalid) {
+		t.Error(err)
+	}
+	if err := m.Do(func() error { runtime.Goexit(); return nil }); !errors.Is(err, errGoexit) {
 		t.Error(err)
 	}
 	inner := func() error { return m.Do(func() error { return loopbackUp() }) }

@@ -32,6 +32,10 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "these tests make namespaces: run them as root")
+		return 1
+	}
 	dir, err := os.MkdirTemp("", "wgcni-test-bin-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

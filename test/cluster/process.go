@@ -116,6 +116,11 @@ func (p *Process) Stop(ctx context.Context) error {
 // Kill ends the program with SIGKILL, along with the processes that it started
 // in its own process group, and waits for its end.
 func (p *Process) Kill() error {
+	select {
+	case <-p.done: // the group's number may be another's by now
+		return nil
+	default:
+	}
 	err := unix.Kill(-p.cmd.Process.Pid, unix.SIGKILL)
 	if err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill %s: %w", p.name, err)
@@ -252,10 +257,14 @@ func (m *Machine) kill(hostPID int) error {
 func Poll(ctx context.Context, what string, cond func() error) error {
 	ctx, cancel := withDefaultTimeout(ctx, 30*time.Second)
 	defer cancel()
+	var err error
 	for {
-		err := cond()
-		if err == nil {
+		now := cond()
+		if now == nil {
 			return nil
+		}
+		if ctx.Err() == nil || err == nil { // the end of ctx makes conditions fail that say nothing
+			err = now
 		}
 		select {
 		case <-ctx.Done():
