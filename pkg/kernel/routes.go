@@ -117,7 +117,9 @@ func (k *Kernel) setRoute(o mesh.SetRoute) error {
 // removeRoute names type and metric, so that a route which has taken the place
 // of this one meanwhile is not hit.
 func (k *Kernel) removeRoute(r mesh.Route) error {
-	return ignoring(k.rt.RouteDel(encodeRoute(r)), unix.ESRCH, unix.ENOENT)
+	out := encodeRoute(r)
+	out.Scope = netlink.SCOPE_NOWHERE // in a deletion: of any scope
+	return ignoring(k.rt.RouteDel(out), unix.ESRCH, unix.ENOENT)
 }
 
 func encodeRoute(r mesh.Route) *netlink.Route {

@@ -24,8 +24,14 @@ type Underlay struct {
 // taken for the underlay, whatever routes lead to it.
 func (k *Kernel) Underlay() (Underlay, error) {
 	var u Underlay
+	ours := 0
+	if l, err := k.link(k.Interface); err != nil {
+		return Underlay{}, err
+	} else if l != nil {
+		ours = l.Attrs().Index
+	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		route, err := k.defaultRoute(family)
+		route, err := k.defaultRoute(family, ours)
 		if err != nil {
 			return Underlay{}, err
 		}
@@ -35,9 +41,6 @@ func (k *Kernel) Underlay() (Underlay, error) {
 		link, err := k.rt.LinkByIndex(route.LinkIndex)
 		if err != nil {
 			return Underlay{}, fmt.Errorf("look up the default route's interface: %w", err)
-		}
-		if link.Attrs().Name == k.Interface {
-			continue
 		}
 		addrs, err := k.globalAddresses(link, family)
 		if err != nil {
@@ -58,8 +61,9 @@ func (k *Kernel) Underlay() (Underlay, error) {
 	return u, nil
 }
 
-// defaultRoute is the family's default route of the least metric, or nil.
-func (k *Kernel) defaultRoute(family int) (*netlink.Route, error) {
+// defaultRoute is the family's default route of the least metric that does not
+// lead to the interface of index not, or nil.
+func (k *Kernel) defaultRoute(family, not int) (*netlink.Route, error) {
 	var best *netlink.Route
 	err := retryInterrupted(func() error {
 		best = nil
@@ -72,7 +76,7 @@ func (k *Kernel) defaultRoute(family int) (*netlink.Route, error) {
 			if r.LinkIndex == 0 && len(r.MultiPath) > 0 {
 				r.LinkIndex = r.MultiPath[0].LinkIndex
 			}
-			if r.LinkIndex != 0 && (best == nil || r.Priority < best.Priority) {
+			if r.LinkIndex != 0 && r.LinkIndex != not && (best == nil || r.Priority < best.Priority) {
 				best = &r
 			}
 			return true
