@@ -82,7 +82,7 @@ func randomFacts(r *rand.Rand) mesh.Facts {
 func makeForeign(t *testing.T) {
 	t.Helper()
 	sh(t, `
-ip link add up0 type veth peer name up1 && ip link set up0 up && ip link set up1 up
+ip link add up0 type veth peer name up1 && ip link set up0 addrgenmode none up && ip link set up1 addrgenmode none up
 ip addr add 192.0.2.200/24 dev up0; ip addr add 2001:db8::200/64 dev up0 nodad
 ip route add 10.244.77.0/24 via 192.0.2.1; ip -6 route add fd00:244:77::/64 via 2001:db8::1
 ip route add 203.0.113.0/24 dev up0 table 30567 proto static; ip route add unreachable 198.51.100.0/24 table 99

@@ -117,7 +117,13 @@ func (k *Kernel) setLink(o mesh.SetLink) error {
 	// addresses would then be refused. Ours alone, so there is nothing to restore.
 	_ = writeSysctl("net/ipv6/conf/"+o.Name+"/disable_ipv6", "0")
 	_ = writeSysctl("net/ipv6/conf/"+o.Name+"/addr_gen_mode", "1") // no link-local address, as the kernel's own WireGuard
-	return k.rt.LinkSetUp(l)
+	err = k.rt.LinkSetUp(l)
+	if portTaken(err) { // the kernel's WireGuard opens its port here
+		if d, derr := k.wg.device(o.Name); derr == nil {
+			return portError(d.ListenPort, err)
+		}
+	}
+	return err
 }
 
 func writeSysctl(path, value string) error {

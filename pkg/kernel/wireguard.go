@@ -86,9 +86,13 @@ func (k *Kernel) configureLink(l mesh.Link) error {
 		// Userspace WireGuard remembers a port that it could not open, and would
 		// seem to be as planned. With any other port it does not.
 		_ = set(0)
-		return fmt.Errorf("UDP port %d is taken by another program: find it with `ss -ulpn`, or set \"listenPort\" to another (%w)", l.ListenPort, err)
+		return portError(l.ListenPort, err)
 	}
 	return err
+}
+
+func portError(port int, err error) error {
+	return fmt.Errorf("UDP port %d is taken by another program: find it with `ss -ulpn`, or set \"listenPort\" to another (%w)", port, err)
 }
 
 // portWait is how long a tunnel process that was killed may take to let go of its port.

@@ -61,7 +61,7 @@ func (n *narrator) begin(number int, title string) {
 		interval = 100 * time.Millisecond
 		n.draw(0)
 	} else {
-		fmt.Fprintf(n.out, "%2d. %s ", number, title)
+		fmt.Fprintf(n.out, "%2d. %s ...", number, title)
 	}
 	n.ticking = make(chan struct{})
 	n.ticked.Go(func() { n.tick(interval, n.ticking) })
@@ -137,9 +137,9 @@ func (n *narrator) end(fact string, err error) {
 	case n.terminal:
 		fmt.Fprintf(n.out, "\r%s %2d  %s  %s\x1b[K\n", n.paint("31", "✗"), n.number, n.title, n.paint("2", took))
 	case err == nil:
-		fmt.Fprintf(n.out, "ok: %s (%s)\n", fact, took)
+		fmt.Fprintf(n.out, " ok: %s (%s)\n", fact, took)
 	default:
-		fmt.Fprintf(n.out, "FAILED (%s)\n", took)
+		fmt.Fprintf(n.out, " FAILED (%s)\n", took)
 	}
 	for _, text := range n.details {
 		fmt.Fprint(n.out, n.paint("2", indent(text)))

@@ -1,0 +1,234 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// damages are what becomes of files: power cuts, full disks, other programs.
+// None is found by looking at the first page only.
+var damages = []struct {
+	name string
+	do   func(t *testing.T, path string)
+}{
+	{"garbage", func(t *testing.T, path string) {
+		overwrite(t, path, bytes.Repeat([]byte("no database at all "), 2000))
+	}},
+	{"short garbage", func(t *testing.T, path string) { overwrite(t, path, []byte("x")) }},
+	{"random bytes behind the meta pages", func(t *testing.T, path string) {
+		b := read(t, path)
+		r := rand.NewChaCha8([32]byte{1})
+		_, _ = r.Read(b[2*os.Getpagesize():])
+		overwrite(t, path, b)
+	}},
+	{"cut in the middle", func(t *testing.T, path string) { overwrite(t, path, read(t, path)[:len(read(t, path))/2]) }},
+	{"cut to two pages", func(t *testing.T, path string) { overwrite(t, path, read(t, path)[:2*os.Getpagesize()]) }},
+	{"cut to one page", func(t *testing.T, path string) { overwrite(t, path, read(t, path)[:os.Getpagesize()]) }},
+	{"cut to 100 bytes", func(t *testing.T, path string) { overwrite(t, path, read(t, path)[:100]) }},
+	{"all zero", func(t *testing.T, path string) { overwrite(t, path, make([]byte, len(read(t, path)))) }},
+	{"zero behind the meta pages", func(t *testing.T, path string) {
+		b := read(t, path)
+		clear(b[2*os.Getpagesize():])
+		overwrite(t, path, b)
+	}},
+	{"page numbers that lead out of the file", func(t *testing.T, path string) {
+		b := read(t, path)
+		for i := 2 * os.Getpagesize(); i+os.Getpagesize() <= len(b); i += os.Getpagesize() {
+			for j := i + 16; j < i+256; j++ { // elements; the page's header stays
+				b[j] = 0x7f
+			}
+		}
+		overwrite(t, path, b)
+	}},
+	{"a value that is no JSON", func(t *testing.T, path string) { putRaw(t, path, "container-3\x00eth0", "{not json") }},
+}
+
+// valueDamages hold for the attachments alone: JSON that says nothing of one.
+var valueDamages = map[string]string{
+	"an array":               `[]`,
+	"a string":               `"x"`,
+	"null":                   `null`,
+	"an empty object":        `{}`,
+	"addresses of no kind":   `{"containerID":"container-3","ifname":"eth0","addresses":"x"}`,
+	"an address that is none": `{"containerID":"container-3","ifname":"eth0","addresses":["10.244.1.300"]}`,
+	"another container's":    `{"containerID":"container-4","ifname":"eth0"}`,
+}
+
+func read(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func overwrite(t *testing.T, path string, b []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func putRaw(t *testing.T, path, key, value string) {
+	t.Helper()
+	db, err := bolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close() //nolint:errcheck // a test's
+	err = db.Update(func(tx *bolt.Tx) error {
+		return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return b.Put([]byte(key), []byte(value)) })
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// filled is a store with so many attachments that it has several pages.
+func filled(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	with(t, dir, func(s *Attachments) {
+		for i := range 200 {
+			if err := s.Put(pod(i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	return dir
+}
+
+// TestDamagedStoreIsReplaced: whatever has become of the file, an ADD and a DEL
+// after it work, and the damaged file is kept aside.
+func TestDamagedStoreIsReplaced(t *testing.T) {
+	for _, d := range damages {
+		t.Run(d.name, func(t *testing.T) {
+			dir := filled(t)
+			d.do(t, AttachmentsPath(dir))
+			damaged := read(t, AttachmentsPath(dir))
+			checkReplaced(t, dir, damaged)
+		})
+	}
+	for name, value := range valueDamages {
+		t.Run("a value that is "+name, func(t *testing.T) {
+			dir := filled(t)
+			putAttachment(t, AttachmentsPath(dir), "container-3\x00eth0", value)
+			checkReplaced(t, dir, read(t, AttachmentsPath(dir)))
+		})
+	}
+}
+
+func putAttachment(t *testing.T, path, key, value string) {
+	t.Helper()
+	db, err := bolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close() //nolint:errcheck // a test's
+	err = db.Update(func(tx *bolt.Tx) error { return tx.Bucket(attachmentsBucket).Put([]byte(key), []byte(value)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func checkReplaced(t *testing.T, dir string, damaged []byte) {
+	t.Helper()
+	with(t, dir, func(s *Attachments) {
+		all, err := s.All()
+		if err != nil || len(all) != 0 {
+			t.Fatalf("%d attachments, %v", len(all), err)
+		}
+		d := s.Damaged()
+		if d == nil {
+			t.Fatal("nobody is told of the damage")
+		}
+		if !IsDamage(d) || !IsDamage(fmt.Errorf("wrapped: %w", d)) || !strings.Contains(d.Error(), d.Path) {
+			t.Errorf("the damage says %v", d)
+		}
+		if aside := read(t, d.Path); !bytes.Equal(aside, damaged) {
+			t.Errorf("%s holds %d bytes, want the %d of the damaged file", d.Path, len(aside), len(damaged))
+		}
+		if err := s.Put(pod(1)); err != nil {
+			t.Error(err)
+		}
+		if _, ok, err := s.Applied(); ok || err != nil {
+			t.Errorf("a plan is said to be applied (%v), %v: nobody would apply the whole plan again", ok, err)
+		}
+	})
+	with(t, dir, func(s *Attachments) {
+		if all, err := s.All(); err != nil || len(all) != 1 || s.Damaged() != nil {
+			t.Errorf("the next one finds %d attachments, %v, %v", len(all), s.Damaged(), err)
+		}
+	})
+}
+
+// TestDamagedAppliedIsForgotten: the whole plan is then applied once more.
+func TestDamagedAppliedIsForgotten(t *testing.T) {
+	dir := filled(t)
+	for _, value := range []string{`"x"`, `[]`, `{"prefixes": 5}`} {
+		db, err := bolt.Open(AttachmentsPath(dir), 0o600, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(appliedKey, []byte(value)) })
+		if err := errors.Join(err, db.Close()); err != nil {
+			t.Fatal(err)
+		}
+		with(t, dir, func(s *Attachments) {
+			if _, ok, err := s.Applied(); ok || err != nil {
+				t.Errorf("%s: %v, %v", value, ok, err)
+			}
+			if all, err := s.All(); err != nil || len(all) != 200 {
+				t.Errorf("%s: %d attachments, %v", value, len(all), err)
+			}
+		})
+	}
+}
+
+// TestRandomDamage overwrites stretches of a good file. Whatever a reader makes
+// of it, it neither dies nor hands out what it cannot have.
+func TestRandomDamage(t *testing.T) {
+	dir := filled(t)
+	path := AttachmentsPath(dir)
+	good := read(t, path)
+	r := rand.New(rand.NewPCG(1, 2))
+	replaced := 0
+	for round := range 300 {
+		b := bytes.Clone(good)
+		at, n := r.IntN(len(b)), 1+r.IntN(3000)
+		for i := at; i < min(at+n, len(b)); i++ {
+			b[i] = byte(r.Uint32())
+		}
+		overwrite(t, path, b)
+		with(t, dir, func(s *Attachments) {
+			all, err := s.All()
+			if err != nil && !IsDamage(err) {
+				t.Errorf("round %d, %d bytes at %d: %v", round, n, at, err)
+			}
+			if s.Damaged() != nil {
+				replaced++
+			}
+			for _, a := range all {
+				if !strings.HasPrefix(a.ContainerID, "container-") {
+					t.Errorf("round %d: %+v", round, a)
+				}
+			}
+		})
+		aside, _ := filepath.Glob(path + ".damaged-*")
+		for _, f := range aside {
+			_ = os.Remove(f)
+		}
+	}
+	if replaced == 0 {
+		t.Error("no round has damaged anything")
+	}
+}
