@@ -4,6 +4,7 @@ package identity
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -23,18 +24,26 @@ var ErrNoKey = errors.New("this node has no key yet: start `wgcnid run` once")
 // hidden is what a secret prints.
 const hidden = "(hidden)"
 
-// PrivateKey is a node's private key. It prints itself as "(hidden)", in every way.
-type PrivateKey struct{ key wgtypes.Key }
+// PrivateKey is a node's private key. It prints itself as "(hidden)", in every
+// way; inside an unexported field, where fmt calls no methods, as a pointer.
+type PrivateKey struct{ key *wgtypes.Key }
+
+// Format serves every verb: %d and %x would else print the bytes.
+func (PrivateKey) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, hidden) }
 
 func (PrivateKey) String() string               { return hidden }
-func (PrivateKey) GoString() string             { return hidden }
 func (PrivateKey) MarshalText() ([]byte, error) { return []byte(hidden), nil }
 
 // Public is the key that others may know.
-func (k PrivateKey) Public() wgtypes.Key { return k.key.PublicKey() }
+func (k PrivateKey) Public() wgtypes.Key { return k.Reveal().PublicKey() }
 
 // Reveal hands out the key itself, for the kernel alone.
-func (k PrivateKey) Reveal() wgtypes.Key { return k.key }
+func (k PrivateKey) Reveal() wgtypes.Key {
+	if k.key == nil {
+		return wgtypes.Key{}
+	}
+	return *k.key
+}
 
 // Path is the file in which the key of a state folder lies.
 func Path(stateDir string) string { return filepath.Join(stateDir, keyFile) }
@@ -61,7 +70,7 @@ func Load(stateDir string) (PrivateKey, error) {
 		// wgtypes' error may quote what it could not read.
 		return PrivateKey{}, fmt.Errorf("%s does not hold a key as `wg genkey` writes it: restore it, or delete it to get a new one", path)
 	}
-	return PrivateKey{key}, nil
+	return PrivateKey{&key}, nil
 }
 
 // LoadOrCreate reads the node's key and makes one where there is none. Only the
@@ -83,5 +92,5 @@ func LoadOrCreate(stateDir string) (PrivateKey, error) {
 	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.IgnoreUmask()); err != nil {
 		return PrivateKey{}, fmt.Errorf("write %s: %w", Path(stateDir), err)
 	}
-	return PrivateKey{fresh}, nil
+	return PrivateKey{&fresh}, nil
 }

@@ -1,10 +1,12 @@
 package store
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -41,6 +43,8 @@ var (
 	attachmentsBucket = []byte("attachments")
 	metaBucket        = []byte("meta")
 	appliedKey        = []byte("applied")
+
+	attachmentsBuckets = [][]byte{attachmentsBucket, metaBucket}
 )
 
 // Attachments is the open store of this boot. Its holder should be done with it
@@ -53,7 +57,7 @@ func AttachmentsPath(runDir string) string { return filepath.Join(runDir, "attac
 // OpenAttachments locks and opens the store of this boot. The error Is
 // ErrLocked if ctx ended before the lock was free.
 func OpenAttachments(ctx context.Context, runDir string) (*Attachments, error) {
-	f, err := open(ctx, AttachmentsPath(runDir), attachmentsBucket, metaBucket)
+	f, err := open(ctx, AttachmentsPath(runDir), attachmentsBuckets...)
 	if err != nil {
 		return nil, err
 	}
@@ -63,27 +67,35 @@ func OpenAttachments(ctx context.Context, runDir string) (*Attachments, error) {
 // Close closes the store and lets others in.
 func (a *Attachments) Close() error { return a.close() }
 
-// Damaged returns what became of a damaged store when this one was opened in its place, or nil.
+// Damaged returns what became of a damaged store when this one took its place,
+// or nil. Ask after All, which may be the first to see it.
 func (a *Attachments) Damaged() *Damaged { return a.damaged }
 
 func attachmentKey(containerID, ifname string) []byte {
 	return []byte(containerID + "\x00" + ifname) // neither may contain a NUL
 }
 
-// All returns every attachment, in the order in which they were put.
+// All returns every attachment, in the order in which they were put. A store
+// with a value that is no attachment is damaged too, and replaced.
 func (a *Attachments) All() (out []Attachment, err error) {
 	err = guarded(func() error {
 		return a.db.View(func(tx *bolt.Tx) error {
-			return tx.Bucket(attachmentsBucket).ForEach(func(_, v []byte) error {
+			return tx.Bucket(attachmentsBucket).ForEach(func(k, v []byte) error {
 				var at Attachment
 				if err := json.Unmarshal(v, &at); err != nil {
-					return err
+					return fmt.Errorf("%w: the value of %q: %w", errDamage, k, err)
+				}
+				if !bytes.Equal(k, attachmentKey(at.ContainerID, at.IfName)) {
+					return fmt.Errorf("%w: the value of %q is another attachment's", errDamage, k)
 				}
 				out = append(out, at)
 				return nil
 			})
 		})
 	})
+	if errors.Is(err, errDamage) && a.damaged == nil {
+		return nil, a.replace(err, attachmentsBuckets...)
+	}
 	slices.SortFunc(out, func(a, b Attachment) int { return cmp.Compare(a.Sequence, b.Sequence) })
 	return out, err
 }
@@ -120,7 +132,8 @@ func (a *Attachments) Delete(gone ...Attachment) error {
 	})
 }
 
-// Applied returns the last whole plan of this boot, false if there was none.
+// Applied returns the last whole plan of this boot, false if there was none or
+// if it cannot be read: it is then applied once more.
 func (a *Attachments) Applied() (ap Applied, ok bool, err error) {
 	err = guarded(func() error {
 		return a.db.View(func(tx *bolt.Tx) error {
@@ -128,11 +141,14 @@ func (a *Attachments) Applied() (ap Applied, ok bool, err error) {
 			if v == nil {
 				return nil
 			}
-			ok = true
-			return json.Unmarshal(v, &ap)
+			ok = json.Unmarshal(v, &ap) == nil
+			return nil
 		})
 	})
-	return ap, ok && err == nil, err
+	if err != nil || !ok {
+		return Applied{}, false, err
+	}
+	return ap, true, nil
 }
 
 // SetApplied records a whole plan that was applied.

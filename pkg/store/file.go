@@ -68,9 +68,15 @@ func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
 		timeout = max(time.Until(deadline), time.Millisecond)
 	}
 	return guarded(func() error {
-		db, err := bolt.Open(f.path, 0o600, &bolt.Options{
-			Timeout: timeout, NoFreelistSync: true, FreelistType: bolt.FreelistMapType,
-		})
+		// bbolt refuses a file of less than its two meta pages without saying of
+		// which kind its error is. An empty file is a new one.
+		if info, err := os.Stat(f.path); err == nil && info.Size() > 0 && info.Size() < int64(2*os.Getpagesize()) {
+			return fmt.Errorf("%w: it has %d bytes only", errDamage, info.Size())
+		}
+		// The list of free pages is stored: without it, bbolt looks for them at
+		// each opening in a goroutine of its own (DB.freepages), where a damaged
+		// page kills the whole process and guarded is of no help.
+		db, err := bolt.Open(f.path, 0o600, &bolt.Options{Timeout: timeout, FreelistType: bolt.FreelistMapType})
 		if errors.Is(err, bolt.ErrTimeout) {
 			return ErrLocked
 		}
@@ -79,18 +85,20 @@ func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
 		}
 		f.db = db
 		missing := false
-		err = db.View(func(tx *bolt.Tx) error {
-			for _, name := range buckets {
-				b := tx.Bucket(name)
-				if b == nil {
-					missing = true
-					continue
+		err = guarded(func() error {
+			return db.View(func(tx *bolt.Tx) error {
+				for _, name := range buckets {
+					b := tx.Bucket(name)
+					if b == nil {
+						missing = true
+						continue
+					}
+					if err := readable(b); err != nil {
+						return err
+					}
 				}
-				if err := readable(b); err != nil {
-					return err
-				}
-			}
-			return nil
+				return nil
+			})
 		})
 		if err == nil && missing {
 			err = db.Update(func(tx *bolt.Tx) error {
@@ -148,6 +156,20 @@ func guarded(f func() error) (err error) {
 		}
 	}()
 	return f()
+}
+
+// replace puts an empty store in the place of one whose content makes no sense.
+// The lock is kept.
+func (f *file) replace(cause error, buckets ...[]byte) error {
+	if err := guarded(f.db.Close); err != nil {
+		return errors.Join(cause, err)
+	}
+	damaged, err := f.moveAside(cause)
+	if err != nil {
+		return err
+	}
+	f.damaged = damaged
+	return f.openDB(context.Background(), buckets)
 }
 
 func (f *file) moveAside(cause error) (*Damaged, error) {

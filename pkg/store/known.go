@@ -111,6 +111,20 @@ func SaveKnown(ctx context.Context, stateDir string, before, now Known) error {
 					}
 				}
 			}
+			for name := range before.Records.Nodes {
+				if _, ok := now.Records.Nodes[name]; !ok {
+					if err := tx.Bucket(recordsBucket).Delete([]byte(name)); err != nil {
+						return err
+					}
+				}
+			}
+			for name := range before.Endpoints {
+				if _, ok := now.Endpoints[name]; !ok { // else it would be used again after a reboot
+					if err := tx.Bucket(endpointsBucket).Delete([]byte(name)); err != nil {
+						return err
+					}
+				}
+			}
 			for name, e := range now.Endpoints {
 				if before.Endpoints[name] != e {
 					if err := putJSON(tx.Bucket(endpointsBucket), []byte(name), e); err != nil {

@@ -108,10 +108,10 @@ func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k
 		return applied, false, err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
+	all, err := st.All()
 	if d := st.Damaged(); d != nil {
 		warn("%v", d)
 	}
-	all, err := st.All()
 	if err != nil {
 		return applied, false, err
 	}

@@ -72,10 +72,10 @@ func detach(ctx context.Context, runDir string, conf *config.Config, gone func(s
 		return err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
+	before, err := st.All()
 	if d := st.Damaged(); d != nil {
 		warn("%v", d)
 	}
-	before, err := st.All()
 	if err != nil {
 		return err
 	}

@@ -105,6 +105,7 @@ type demo struct {
 	servers []*cluster.Server
 	capture *cluster.Capture // from before the first helper until after the last
 	stream  *cluster.Stream
+	tunnel  string // of the first node, before its helper was stopped
 	before  map[*cluster.Node]state // without wgcni
 }
 

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/wgcni/wgcni/test/cluster"
@@ -214,25 +213,4 @@ func (d *demo) startHelper(n *cluster.Node) error {
 	d.helpers[n] = h
 	d.logs = append(d.logs, helperLog{n, h.Log})
 	return nil
-}
-
-func addPods(ctx context.Context, d *demo) (string, error) {
-	start := time.Now()
-	if err := d.addPods(ctx, podsPerNode); err != nil {
-		return "", err
-	}
-	for _, p := range d.pods {
-		d.showMore(fmt.Sprintf("%s %s %s\n%s", p, p.IPv4(), p.IPv6(), p.Raw))
-	}
-	first, last := d.pods[0], d.pods[len(d.pods)-1]
-	return fmt.Sprintf("%d pods in %s, %s %s to %s %s", len(d.pods), seconds(time.Since(start)), first.IPv4(), first.IPv6(), last.IPv4(), last.IPv6()), nil
-}
-
-// addPods adds pods to each node, all nodes at once, with a server in each.
-func (d *demo) addPods(ctx context.Context, perNode int) error {
-	var added atomic.Int32
-	pods := make([][]*cluster.Pod, len(d.cluster.Nodes))
-	err := parallel(slices.Collect(maps.Keys(pods)), func(int) error { return nil })
-	_ = added
-	return err
 }

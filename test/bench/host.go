@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/wgcni/wgcni/test/cluster"
+)
+
+// The networks of a host. Pods are attached to those of the primary plugin
+// alone; what is chained to it is then called directly.
+const (
+	insideNetwork  = "inside"  // in the node's own prefix
+	outsideNetwork = "outside" // in clusterCIDRs, in no node's prefix
+)
+
+// clusterCIDR has room for the prefixes of thousands of peers.
+const clusterCIDR = "10.0.0.0/8"
+
+// host is a node that runs wgcnid, and on which plugins are timed.
+type host struct {
+	*cluster.Node
+	bin    string
+	timer  *timer
+	helper int            // process number
+	stanza map[string]any // of wgcni
+}
+
+// newHost makes a node a mesh of its own, with as many peers as the registry
+// file then has, and waits until its kernel holds the plan.
+func newHost(ctx context.Context, c *cluster.Cluster, n *cluster.Node, peers int) (*host, error) {
+	h := &host{Node: n, bin: c.BinDir, stanza: map[string]any{
+		"clusterCIDRs": []string{clusterCIDR, "fd00:244::/32"},
+		"registry":     map[string]any{"type": "file", "path": filepath.Join(c.Shared, n.Name+".json")},
+	}}
+	if err := writeRegistry(filepath.Join(c.Shared, n.Name+".json"), peers); err != nil {
+		return nil, err
+	}
+	if err := h.writeNetworks(); err != nil {
+		return nil, err
+	}
+	process, err := n.StartHelper()
+	if err != nil {
+		return nil, err
+	}
+	if err := h.awaitPeers(ctx, peers); err != nil {
+		return nil, fmt.Errorf("%w; log of wgcnid:\n%.4000s", err, process.Log)
+	}
+	found, err := n.FindProcesses("wgcnid run")
+	for _, p := range found {
+		if p.Args[0] != "nsenter" {
+			h.helper = p.HostPID
+		}
+	}
+	if err != nil || h.helper == 0 {
+		return nil, errors.Join(err, fmt.Errorf("find wgcnid on %s: no such process", n))
+	}
+	h.timer, err = startTimer(ctx, n)
+	return h, err
+}
+
+// writeNetworks writes wgcnid's configuration and the networks of the pods.
+func (h *host) writeNetworks() error {
+	if err := h.Configure(cluster.NetworkOptions{Stanza: h.stanza}); err != nil {
+		return err
+	}
+	ranges := func(subnet string) map[string]any {
+		return map[string]any{
+			"type": "host-local", "ranges": [][]map[string]string{{{"subnet": subnet}}},
+			"routes": []map[string]string{{"dst": "0.0.0.0/0"}},
+		}
+	}
+	for _, net := range []struct{ name, bridge, subnet string }{
+		{insideNetwork, "cni0", h.PodCIDRs()[0].String()},
+		{outsideNetwork, "cni1", "10.200.0.0/24"},
+	} {
+		list, err := json.MarshalIndent(map[string]any{
+			"cniVersion": "1.0.0", "name": net.name,
+			"plugins": []any{map[string]any{
+				"type": "bridge", "bridge": net.bridge, "isGateway": true, "ipam": ranges(net.subnet),
+			}},
+		}, "", "  ")
+		if err != nil {
+			return fmt.Errorf("write network %s: %w", net.name, err)
+		}
+		if err := h.WriteConflist("20-"+net.name+".conflist", string(list)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// joinTimeout bounds a join with thousands of peers on a busy machine.
+const joinTimeout = 2 * time.Minute
+
+func (h *host) awaitPeers(ctx context.Context, peers int) error {
+	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
+	defer cancel()
+	return cluster.Poll(ctx, fmt.Sprintf("%s to hold %d peers", h.Name, peers), func() error {
+		s, err := h.Status(ctx)
+		switch {
+		case err != nil:
+			return err
+		case len(s.Pending) > 0:
+			return fmt.Errorf("%d changes pending", len(s.Pending))
+		case len(s.Peers) != peers:
+			return fmt.Errorf("%d peers", len(s.Peers))
+		}
+		return nil
+	})
+}
+
+// idle is how much wgcnid may run between two looks and still count as idle.
+const idle = 200 * time.Microsecond
+
+// settle waits until wgcnid has done what the last verb woke it for, so that
+// the next plugin to be timed does not share the CPUs with it.
+func (h *host) settle(ctx context.Context) error {
+	var last time.Duration
+	quiet := 0
+	return cluster.Poll(ctx, "wgcnid on "+h.Name+" to be idle", func() error {
+		now, err := cpuTime(h.helper)
+		if err != nil {
+			return err
+		}
+		quiet++
+		if now-last > idle {
+			quiet = 0
+		}
+		last = now
+		if quiet < 2 { // Poll pauses as long as wgcnid lets events gather
+			return fmt.Errorf("it has run for %s", now)
+		}
+		return nil
+	})
+}
+
+// cpuTime sums what the threads of a process have run, to the nanosecond
+// (proc_pid_schedstat in the kernel's Documentation/scheduler/sched-stats.rst).
+func cpuTime(pid int) (time.Duration, error) {
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+	if len(files) == 0 {
+		return 0, fmt.Errorf("read the CPU time of process %d: it has ended", pid)
+	}
+	var sum time.Duration
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			continue // the thread has ended
+		}
+		first, _, _ := strings.Cut(string(text), " ")
+		n, err := strconv.ParseInt(first, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("read the CPU time of process %d: %w", pid, err)
+		}
+		sum += time.Duration(n)
+	}
+	return sum, nil
+}
+
+// underlayMTU is the MTU that the primary plugin gives to a pod's link, in bytes.
+const underlayMTU = 1500
+
+// resetMTU gives both ends of a pod's link the MTU that they had before any
+// chained plugin.
+func resetMTU(p *cluster.Pod) error {
+	var peer int
+	err := p.Do(func() error {
+		link, err := netlink.LinkByName(p.IfName)
+		if err != nil {
+			return err
+		}
+		peer = link.Attrs().ParentIndex
+		return netlink.LinkSetMTU(link, underlayMTU)
+	})
+	if err == nil {
+		err = p.Node.Do(func() error {
+			link, err := netlink.LinkByIndex(peer)
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetMTU(link, underlayMTU)
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("reset the MTU of %s: %w", p, err)
+	}
+	return nil
+}

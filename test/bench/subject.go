@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+
+	"github.com/wgcni/wgcni/test/cluster"
+)
+
+// subject is a plugin that is timed on a pod of its own.
+type subject struct {
+	name   string
+	host   *host
+	plugin string         // the binary's name
+	stanza map[string]any // without what libcni adds
+	// network is the primary's. fresh makes a new pod for every round, for
+	// plugins whose DEL leaves it to the end of the pod to undo their ADD.
+	network string
+	fresh   bool
+
+	pod      *cluster.Pod
+	result   string // of the last ADD: the prevResult of DEL
+	add, del verb
+}
+
+// wgcni is a subject with wgcni on a pod of one of the host's networks.
+func (h *host) wgcni(name, network string) *subject {
+	return &subject{name: name, host: h, plugin: "wgcni", stanza: h.stanza, network: network}
+}
+
+// podName is short: an interface's name is made of it by nobody, a person reads it.
+func podName(i int) string { return fmt.Sprintf("timed-%d", i) }
+
+// makePods makes the pods of the subjects by the primary plugin alone.
+func makePods(ctx context.Context, subjects []*subject) error {
+	for i, s := range subjects {
+		var err error
+		if s.pod, err = s.host.AddPod(ctx, s.network, podName(i), cluster.PodOptions{}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// verb is one call of the subject's plugin, as libcni makes it.
+func (s *subject) verb(command, prevResult string) (execution, error) {
+	stanza := map[string]any{
+		"cniVersion": "1.0.0", "name": cluster.NetworkName, "type": s.plugin,
+		"prevResult": json.RawMessage(prevResult),
+	}
+	for k, v := range s.stanza {
+		stanza[k] = v
+	}
+	stdin, err := json.Marshal(stanza)
+	if err != nil {
+		return execution{}, fmt.Errorf("%s %s: make its configuration: %w", s.name, command, err)
+	}
+	return execution{
+		Path: filepath.Join(s.host.bin, s.plugin),
+		Env: []string{
+			"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + s.pod.ContainerID(), "CNI_NETNS=" + s.pod.Netns,
+			"CNI_IFNAME=" + s.pod.IfName, "CNI_PATH=" + s.host.bin,
+			"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + s.pod.Name,
+		},
+		Stdin: stdin,
+	}, nil
+}
+
+// prepare brings the pod into the state that ADD expects.
+func (s *subject) prepare(ctx context.Context) error {
+	if !s.fresh {
+		return resetMTU(s.pod)
+	}
+	if err := s.pod.Delete(ctx); err != nil {
+		return err
+	}
+	var err error
+	s.pod, err = s.host.AddPod(ctx, s.network, s.pod.Name, cluster.PodOptions{})
+	return err
+}
+
+func (s *subject) timeADD(ctx context.Context) error {
+	if err := s.prepare(ctx); err != nil {
+		return err
+	}
+	t, err := s.time(ctx, "ADD", s.pod.Raw)
+	if err != nil {
+		return err
+	}
+	if !json.Valid([]byte(t.Stdout)) {
+		return fmt.Errorf("%s ADD: printed no result but %q", s.name, t.Stdout)
+	}
+	s.result = t.Stdout
+	s.add.take(t)
+	return nil
+}
+
+func (s *subject) timeDEL(ctx context.Context) error {
+	t, err := s.time(ctx, "DEL", s.result)
+	if err != nil {
+		return err
+	}
+	s.del.take(t)
+	return nil
+}
+
+func (s *subject) time(ctx context.Context, command, prevResult string) (timing, error) {
+	e, err := s.verb(command, prevResult)
+	if err != nil {
+		return timing{}, err
+	}
+	if err := s.host.settle(ctx); err != nil {
+		return timing{}, err
+	}
+	t, err := s.host.timer.time(e)
+	if err != nil {
+		return t, fmt.Errorf("%s %s: %w", s.name, command, err)
+	}
+	return t, nil
+}
+
+// round times one ADD and one DEL of every subject, each time in another order,
+// so that none always runs behind the same other one.
+func round(ctx context.Context, subjects []*subject) error {
+	for _, verb := range []func(*subject, context.Context) error{(*subject).timeADD, (*subject).timeDEL} {
+		for _, i := range rand.Perm(len(subjects)) {
+			if err := verb(subjects[i], ctx); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// warmUp is one round that does not count: files come into the cache, plugins
+// make the chains and folders that they keep.
+func warmUp(ctx context.Context, subjects []*subject) error {
+	if err := round(ctx, subjects); err != nil {
+		return err
+	}
+	for _, s := range subjects {
+		s.add, s.del = verb{}, verb{}
+	}
+	return nil
+}
+
+// row shows one verb of a subject against another's.
+func (v verb) row(what string, to verb, toName string, b budget) row {
+	return row{
+		what:   what,
+		median: milliseconds(v.elapsed.median()),
+		p90:    milliseconds(v.elapsed.quantile(0.9)),
+		cpu:    milliseconds(v.cpu.median()),
+		ratio:  v.elapsed.paired(to.elapsed),
+		to:     toName,
+		budget: b,
+	}
+}

@@ -1,0 +1,253 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/wgcni/wgcni/test/cluster"
+)
+
+const (
+	streamRate = 200 // datagrams per second
+	// attemptTimeout is how long each exchange may try while the tunnel is down.
+	attemptTimeout = 500 * time.Millisecond
+	wgInterface    = "wgcni0"
+)
+
+// startStream lets the first pod of the first node send to the second node.
+func (d *demo) startStream(ctx context.Context) (err error) {
+	to := netip.AddrPortFrom(d.pods[podsPerNode].IPv4(), echoPort)
+	if d.stream, err = cluster.StartStream(d.pods[0], to, cluster.StreamOptions{Rate: streamRate}); err != nil {
+		return err
+	}
+	return d.awaitReceived(ctx, streamRate/4)
+}
+
+// awaitReceived waits for so many more answers to come.
+func (d *demo) awaitReceived(ctx context.Context, more int) error {
+	want := d.stream.Report().Received + more
+	return cluster.Poll(ctx, fmt.Sprintf("%d more datagrams of the stream", more), func() error {
+		if r := d.stream.Report(); r.Received < want {
+			return errors.New(r.String())
+		}
+		return nil
+	})
+}
+
+// awaitSent waits for so many more datagrams to be sent.
+func (d *demo) awaitSent(ctx context.Context, more int) error {
+	want := d.stream.Report().Sent + more
+	return cluster.Poll(ctx, fmt.Sprintf("%d more datagrams to be sent", more), func() error {
+		if r := d.stream.Report(); r.Sent < want {
+			return errors.New(r.String())
+		}
+		return nil
+	})
+}
+
+// awaitNoneLost waits until all that was sent so far has come back.
+func (d *demo) awaitNoneLost(ctx context.Context) (cluster.StreamReport, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var r cluster.StreamReport
+	err := cluster.Poll(ctx, "the last datagrams of the stream", func() error {
+		if r = d.stream.Report(); r.Lost > 0 {
+			return fmt.Errorf("lost or under way: %s", r)
+		}
+		return nil
+	})
+	return r, err
+}
+
+// tunnel tells one WireGuard interface from the next: by the process where
+// WireGuard is a process, else by the interface's number.
+func tunnel(n *cluster.Node) (string, error) {
+	found, err := n.FindProcesses("wgcnid tunnel " + wgInterface)
+	if err != nil {
+		return "", err
+	}
+	switch len(found) {
+	case 0:
+		index, err := n.ReadFile("/sys/class/net/" + wgInterface + "/ifindex")
+		return "interface " + wgInterface + " number " + strings.TrimSpace(index), err
+	case 1:
+		return fmt.Sprintf("tunnel process %d", found[0].PID), nil
+	}
+	return "", fmt.Errorf("%d tunnel processes on %s: %v", len(found), n.Name, found)
+}
+
+// stop ends the node's helper, as systemd does.
+func (d *demo) stopHelper(ctx context.Context, n *cluster.Node) error {
+	ctx, cancel := context.WithTimeout(ctx, exchangeTimeout)
+	defer cancel()
+	if err := d.helpers[n].Stop(ctx); err != nil {
+		return fmt.Errorf("stop wgcnid on %s: %w", n.Name, err)
+	}
+	return nil
+}
+
+func stopHelper(ctx context.Context, d *demo) (string, error) {
+	n := d.cluster.Nodes[0]
+	var err error
+	if d.tunnel, err = tunnel(n); err != nil {
+		return "", err
+	}
+	if err := d.startStream(ctx); err != nil {
+		return "", err
+	}
+	if err := d.stopHelper(ctx, n); err != nil {
+		return "", err
+	}
+	if err := d.awaitSent(ctx, streamRate); err != nil {
+		return "", err
+	}
+	r, err := d.awaitNoneLost(ctx)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("traffic goes on, %d datagrams sent, lost %d", r.Sent, r.Lost), nil
+}
+
+func restartHelper(ctx context.Context, d *demo) (string, error) {
+	n := d.cluster.Nodes[0]
+	if err := d.startHelper(n); err != nil {
+		return "", err
+	}
+	if err := d.cluster.AwaitConverged(ctx); err != nil {
+		return "", err
+	}
+	if err := d.awaitSent(ctx, streamRate/2); err != nil {
+		return "", err
+	}
+	r := d.stream.Stop()
+	d.stream = nil
+	if r.Lost > 0 || r.Duplicates > 0 {
+		return "", fmt.Errorf("the stream: %s", r)
+	}
+	now, err := tunnel(n)
+	if err != nil {
+		return "", err
+	}
+	if now != d.tunnel {
+		return "", fmt.Errorf("it was %s, and is %s now", d.tunnel, now)
+	}
+	return fmt.Sprintf("it found the same %s, %d sent, lost %d, longest gap %d ms", now, r.Sent, r.Lost, r.LongestGap.Milliseconds()), nil
+}
+
+// destroyTunnel kills the tunnel's process, or deletes the kernel's interface.
+func destroyTunnel(ctx context.Context, n *cluster.Node) (how string, err error) {
+	killed, err := n.Kill9(ctx, "wgcnid tunnel "+wgInterface)
+	if err != nil {
+		return "", err
+	}
+	if killed > 0 {
+		return "SIGKILL for its process", nil
+	}
+	_, err = n.Run(ctx, "ip", "link", "delete", wgInterface)
+	return "ip link delete " + wgInterface, err
+}
+
+func breakTunnel(ctx context.Context, d *demo) (string, error) {
+	n := d.cluster.Nodes[0]
+	if err := d.startStream(ctx); err != nil {
+		return "", err
+	}
+	if err := d.stopHelper(ctx, n); err != nil {
+		return "", err
+	}
+	seen, err := d.look(ctx)
+	if err != nil {
+		return "", err
+	}
+	how, err := destroyTunnel(ctx, n)
+	if err != nil {
+		return "", err
+	}
+	if err := d.capture.Sync(ctx); err != nil { // what was under way has arrived
+		return "", err
+	}
+	before := d.stream.Report()
+	through, tried, err := d.attempt(ctx, n)
+	if err != nil {
+		return "", err
+	}
+	after := d.stream.Report()
+	if got := after.Received - before.Received; through > 0 || got > 0 {
+		return "", fmt.Errorf("%d exchanges and %d datagrams of the stream came through without a tunnel", through, got)
+	}
+	now, err := d.look(ctx)
+	if err != nil {
+		return "", err
+	}
+	fact := fmt.Sprintf("%s; 0 of %d exchanges and 0 of %d datagrams came through, %d packets between the nodes, 0 in plaintext",
+		how, tried, after.Sent-before.Sent, now.Packets-seen.Packets)
+	dropped, err := d.dropped(ctx)
+	if dropped > 0 {
+		fact += fmt.Sprintf(", %d dropped by the guard", dropped)
+	}
+	return fact, err
+}
+
+// attempt tries all exchanges between the pods of a node and those of the
+// others, both ways, and counts those that succeed.
+func (d *demo) attempt(ctx context.Context, n *cluster.Node) (through, tried int, err error) {
+	var all []exchange
+	for _, from := range d.pods {
+		for _, to := range d.pods {
+			if from.Node != to.Node && (from.Node == n || to.Node == n) {
+				all = append(all, exchanges(from, to)...)
+			}
+		}
+	}
+	succeeded := make(chan struct{}, len(all))
+	_ = parallel(all, func(e exchange) error { // that they fail is what is wanted
+		err := e.do(ctx, attemptTimeout)
+		if err == nil {
+			succeeded <- struct{}{}
+		}
+		return err
+	})
+	return len(succeeded), len(all), ctx.Err()
+}
+
+// dropped is how many plaintext packets the filters of all nodes have refused.
+func (d *demo) dropped(ctx context.Context) (uint64, error) {
+	var sum uint64
+	for _, n := range d.cluster.Nodes {
+		s, err := n.Status(ctx)
+		if err != nil {
+			return sum, err
+		}
+		sum += s.Dropped.Out.Packets + s.Dropped.In.Packets
+	}
+	return sum, nil
+}
+
+func mendTunnel(ctx context.Context, d *demo) (string, error) {
+	start := time.Now()
+	if err := d.startHelper(d.cluster.Nodes[0]); err != nil {
+		return "", err
+	}
+	if err := d.awaitReceived(ctx, 1); err != nil {
+		return "", err
+	}
+	back := time.Since(start)
+	r := d.stream.Stop()
+	d.stream = nil
+	if err := d.cluster.AwaitConverged(ctx); err != nil {
+		return "", err
+	}
+	ok, all, err := d.talk(ctx)
+	if err != nil {
+		return "", fmt.Errorf("%d of %d exchanges: %w", ok, all, err)
+	}
+	if _, err := d.look(ctx); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("the stream is back after %d ms, %d of %d exchanges succeed (lost meanwhile: %d datagrams)",
+		back.Milliseconds(), ok, all, r.Lost), nil
+}
