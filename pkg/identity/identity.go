@@ -25,8 +25,13 @@ var ErrNoKey = errors.New("this node has no key yet: start `wgcnid run` once")
 const hidden = "(hidden)"
 
 // PrivateKey is a node's private key. It prints itself as "(hidden)", in every
-// way; inside an unexported field, where fmt calls no methods, as a pointer.
-type PrivateKey struct{ key *wgtypes.Key }
+// way. In an unexported field, where fmt calls no methods, it prints the address
+// of the function that holds it.
+type PrivateKey struct{ reveal func() wgtypes.Key }
+
+func conceal(key wgtypes.Key) PrivateKey {
+	return PrivateKey{func() wgtypes.Key { return key }}
+}
 
 // Format serves every verb: %d and %x would else print the bytes.
 func (PrivateKey) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, hidden) }
@@ -39,10 +44,10 @@ func (k PrivateKey) Public() wgtypes.Key { return k.Reveal().PublicKey() }
 
 // Reveal hands out the key itself, for the kernel alone.
 func (k PrivateKey) Reveal() wgtypes.Key {
-	if k.key == nil {
+	if k.reveal == nil {
 		return wgtypes.Key{}
 	}
-	return *k.key
+	return k.reveal()
 }
 
 // Path is the file in which the key of a state folder lies.
@@ -70,7 +75,7 @@ func Load(stateDir string) (PrivateKey, error) {
 		// wgtypes' error may quote what it could not read.
 		return PrivateKey{}, fmt.Errorf("%s does not hold a key as `wg genkey` writes it: restore it, or delete it to get a new one", path)
 	}
-	return PrivateKey{&key}, nil
+	return conceal(key), nil
 }
 
 // LoadOrCreate reads the node's key and makes one where there is none. Only the
@@ -92,5 +97,5 @@ func LoadOrCreate(stateDir string) (PrivateKey, error) {
 	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.IgnoreUmask()); err != nil {
 		return PrivateKey{}, fmt.Errorf("write %s: %w", Path(stateDir), err)
 	}
-	return PrivateKey{&fresh}, nil
+	return conceal(fresh), nil
 }

@@ -101,7 +101,7 @@ func TestHidden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := PrivateKey{&raw}
+	k := conceal(raw)
 	type exported struct{ Key PrivateKey }
 	type unexported struct{ key PrivateKey }
 	values := []any{k, &k, exported{k}, &exported{k}, unexported{k}, []PrivateKey{k}, map[string]PrivateKey{"key": k}, any(k), fmt.Errorf("key %v", k)}

@@ -1,9 +1,9 @@
 package main
 
 import (
+	"fmt"
 	"math"
 	"slices"
-	"time"
 )
 
 // samples are the measurements of one thing, in the order in which they were taken.
@@ -48,6 +48,4 @@ func (v *verb) take(t timing) {
 	v.cpu = append(v.cpu, t.CPU.Seconds())
 }
 
-func milliseconds(seconds float64) string {
-	return time.Duration(seconds * float64(time.Second)).Round(10 * time.Microsecond).String()
-}
+func milliseconds(seconds float64) string { return fmt.Sprintf("%.2f ms", seconds*1e3) }

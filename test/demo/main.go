@@ -65,7 +65,10 @@ func run(stdout *os.File, stderr io.Writer, verbose bool) int {
 	case err != nil || cerr != nil:
 		return 1
 	}
-	d.say("\nDone in %s: %d steps, everything held. Nothing was left on this machine.", seconds(time.Since(start)), len(steps))
+	if verbose {
+		d.showLogs(stdout)
+	}
+	d.say("\nAll of it held: %d steps in %s. Nothing is left of it on this machine.", len(steps), seconds(time.Since(start)))
 	return 0
 }
 
@@ -105,7 +108,7 @@ type demo struct {
 	servers []*cluster.Server
 	capture *cluster.Capture // from before the first helper until after the last
 	stream  *cluster.Stream
-	tunnel  string // of the first node, before its helper was stopped
+	tunnel  tunnelID                // of the first node, before its helper was stopped
 	before  map[*cluster.Node]state // without wgcni
 }
 
@@ -127,7 +130,7 @@ func (d *demo) play(ctx context.Context, steps []step) error {
 	for i, s := range steps {
 		d.begin(i+1, s.title)
 		fact, err := s.do(ctx, d)
-		if err == nil {
+		if ctx.Err() != nil { // else the error is of what was cut short
 			err = ctx.Err()
 		}
 		d.end(fact, err)
@@ -141,6 +144,10 @@ func (d *demo) play(ctx context.Context, steps []step) error {
 // explain says what has failed, and what the helpers have to say.
 func (d *demo) explain(w io.Writer, err error) {
 	fmt.Fprintf(w, "\ndemo: %v\n", err)
+	d.showLogs(w)
+}
+
+func (d *demo) showLogs(w io.Writer) {
 	for _, h := range d.logs {
 		fmt.Fprintf(w, "\nwgcnid on %s said:\n%s", h.node.Name, indent(h.log.String()))
 	}

@@ -142,7 +142,7 @@ func (n *narrator) end(fact string, err error) {
 		fmt.Fprintf(n.out, " FAILED (%s)\n", took)
 	}
 	for _, text := range n.details {
-		fmt.Fprint(n.out, n.paint("2", indent(text)))
+		fmt.Fprint(n.out, indent(text))
 	}
 }
 

@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
-	"strings"
+	"strconv"
 	"time"
 
 	"github.com/wgcni/wgcni/test/cluster"
@@ -63,24 +64,53 @@ func (d *demo) awaitNoneLost(ctx context.Context) (cluster.StreamReport, error) 
 	return r, err
 }
 
-// tunnel tells one WireGuard interface from the next: by the process where
-// WireGuard is a process, else by the interface's number.
-func tunnel(n *cluster.Node) (string, error) {
-	found, err := n.FindProcesses("wgcnid tunnel " + wgInterface)
-	if err != nil {
-		return "", err
-	}
-	switch len(found) {
-	case 0:
-		index, err := n.ReadFile("/sys/class/net/" + wgInterface + "/ifindex")
-		return "interface " + wgInterface + " number " + strings.TrimSpace(index), err
-	case 1:
-		return fmt.Sprintf("tunnel process %d", found[0].PID), nil
-	}
-	return "", fmt.Errorf("%d tunnel processes on %s: %v", len(found), n.Name, found)
+// tunnelID tells one WireGuard interface from the next: by its process where
+// WireGuard is a process, else by the number of the kernel's interface.
+type tunnelID struct {
+	pid     int
+	ifindex string
 }
 
-// stop ends the node's helper, as systemd does.
+func (t tunnelID) String() string {
+	if t.pid != 0 {
+		return fmt.Sprintf("tunnel process %d", t.pid)
+	}
+	return "interface " + t.ifindex
+}
+
+// kind says where WireGuard runs.
+func (t tunnelID) kind() string {
+	if t.pid != 0 {
+		return "WireGuard in userspace"
+	}
+	return "the kernel's WireGuard"
+}
+
+func tunnel(n *cluster.Node) (tunnelID, error) {
+	found, err := n.FindProcesses("wgcnid tunnel " + wgInterface)
+	switch {
+	case err != nil:
+		return tunnelID{}, err
+	case len(found) == 1:
+		return tunnelID{pid: found[0].PID}, nil
+	case len(found) > 1:
+		return tunnelID{}, fmt.Errorf("%d tunnel processes on %s: %v", len(found), n.Name, found)
+	}
+	var id tunnelID
+	err = n.Do(func() error {
+		link, err := net.InterfaceByName(wgInterface)
+		if err == nil {
+			id.ifindex = strconv.Itoa(link.Index)
+		}
+		return err
+	})
+	if err != nil {
+		return id, fmt.Errorf("find %s of %s: %w", wgInterface, n.Name, err)
+	}
+	return id, nil
+}
+
+// stopHelper ends the node's helper, as systemd does.
 func (d *demo) stopHelper(ctx context.Context, n *cluster.Node) error {
 	ctx, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
@@ -109,7 +139,7 @@ func stopHelper(ctx context.Context, d *demo) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("traffic goes on, %d datagrams sent, lost %d", r.Sent, r.Lost), nil
+	return fmt.Sprintf("traffic goes on, %d sent, %d lost", r.Sent, r.Lost), nil
 }
 
 func restartHelper(ctx context.Context, d *demo) (string, error) {
@@ -135,7 +165,7 @@ func restartHelper(ctx context.Context, d *demo) (string, error) {
 	if now != d.tunnel {
 		return "", fmt.Errorf("it was %s, and is %s now", d.tunnel, now)
 	}
-	return fmt.Sprintf("it found the same %s, %d sent, lost %d, longest gap %d ms", now, r.Sent, r.Lost, r.LongestGap.Milliseconds()), nil
+	return fmt.Sprintf("same %s, %d sent, %d lost, longest gap %d ms", now, r.Sent, r.Lost, r.LongestGap.Milliseconds()), nil
 }
 
 // destroyTunnel kills the tunnel's process, or deletes the kernel's interface.
@@ -145,10 +175,10 @@ func destroyTunnel(ctx context.Context, n *cluster.Node) (how string, err error)
 		return "", err
 	}
 	if killed > 0 {
-		return "SIGKILL for its process", nil
+		return "SIGKILL", nil
 	}
 	_, err = n.Run(ctx, "ip", "link", "delete", wgInterface)
-	return "ip link delete " + wgInterface, err
+	return "link deleted", err
 }
 
 func breakTunnel(ctx context.Context, d *demo) (string, error) {
@@ -183,8 +213,8 @@ func breakTunnel(ctx context.Context, d *demo) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	fact := fmt.Sprintf("%s; 0 of %d exchanges and 0 of %d datagrams came through, %d packets between the nodes, 0 in plaintext",
-		how, tried, after.Sent-before.Sent, now.Packets-seen.Packets)
+	fact := fmt.Sprintf("%s; 0 of %d sent came through, 0 of %d packets in plaintext",
+		how, after.Sent-before.Sent+tried, now.Packets-seen.Packets)
 	dropped, err := d.dropped(ctx)
 	if dropped > 0 {
 		fact += fmt.Sprintf(", %d dropped by the guard", dropped)
@@ -236,7 +266,7 @@ func mendTunnel(ctx context.Context, d *demo) (string, error) {
 		return "", err
 	}
 	back := time.Since(start)
-	r := d.stream.Stop()
+	d.showMore("the stream, outage included: " + d.stream.Stop().String())
 	d.stream = nil
 	if err := d.cluster.AwaitConverged(ctx); err != nil {
 		return "", err
@@ -248,6 +278,5 @@ func mendTunnel(ctx context.Context, d *demo) (string, error) {
 	if _, err := d.look(ctx); err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("the stream is back after %d ms, %d of %d exchanges succeed (lost meanwhile: %d datagrams)",
-		back.Milliseconds(), ok, all, r.Lost), nil
+	return fmt.Sprintf("the stream is back after %d ms, %d of %d exchanges succeed", back.Milliseconds(), ok, all), nil
 }

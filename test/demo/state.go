@@ -83,7 +83,6 @@ func diff(before, after state) []string {
 }
 
 func leave(ctx context.Context, d *demo) (string, error) {
-	pods := len(d.pods)
 	if err := d.deletePods(ctx); err != nil {
 		return "", err
 	}
@@ -109,9 +108,9 @@ func leave(ctx context.Context, d *demo) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	d.show(fmt.Sprintf("compared: rules, routes, nft, links, addresses, sysctls, files, conflists, processes\n"+
-		"between the nodes, from first wgcnid to last: %d packets, %d WireGuard, 0 in plaintext", seen.Packets, seen.WireGuard))
-	return fmt.Sprintf("%d pods deleted, %d nodes are as before wgcni came, %d lines of state compared, 0 differ", pods, len(d.cluster.Nodes), lines), nil
+	d.show("compared: rules, routes, nft, links, addresses, sysctls, files, conflists, processes")
+	d.show(fmt.Sprintf("between the nodes, all the time: %d packets, %d WireGuard, 0 in plaintext", seen.Packets, seen.WireGuard))
+	return fmt.Sprintf("%d nodes are as before wgcni, 0 of %d lines of state differ", len(d.cluster.Nodes), lines), nil
 }
 
 // leaveNode takes the entry out of the conflist first, else new pods would be

@@ -29,19 +29,19 @@ const (
 var clusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
 
 var steps = []step{
-	{"Start three nodes and the network between them", startNodes},
-	{"Let pods talk without wgcni", talkPlain},
-	{"Add one entry to each node's conflist (bridge, host-local, ipMasq, dual stack)", addEntry},
+	{"Start three nodes on one network", startNodes},
+	{"Send between pods, without wgcni", talkPlain},
+	{"Add one entry to each conflist", addEntry},
 	{"Start wgcnid on each node", startHelpers},
 	{"Add two pods per node with cnitool", addPods},
 	{"Let all pods talk to all", talkAll},
-	{"Look at the network between the nodes", lookAtUnderlay},
-	{"Ask wgcnid status on node-a", showStatus},
-	{"Stop wgcnid on node-a while a pod streams UDP", stopHelper},
-	{"Start wgcnid again, the stream still runs", restartHelper},
-	{"Stop wgcnid, then destroy the tunnel under it", breakTunnel},
-	{"Start wgcnid, and nothing else", mendTunnel},
-	{"Delete the pods, remove the entry, wgcnid leave --purge", leave},
+	{"Capture between the nodes", lookAtUnderlay},
+	{"Ask `wgcnid status` on node-a", showStatus},
+	{"Stop wgcnid on node-a under a UDP stream", stopHelper},
+	{"Start it again", restartHelper},
+	{"Stop it, and destroy the tunnel", breakTunnel},
+	{"Start it again", mendTunnel},
+	{"Delete pods and entry, `wgcnid leave --purge`", leave},
 }
 
 // parallel calls f for all items at once and returns all errors.
@@ -76,7 +76,7 @@ func startNodes(ctx context.Context, d *demo) (string, error) {
 			}
 		}
 	}
-	return strings.Join(names, ", ") + ", each with its own network, mounts and processes", nil
+	return strings.Join(names, ", "), nil
 }
 
 func startCapture(d *demo) (*cluster.Capture, error) {
@@ -105,7 +105,7 @@ func talkPlain(ctx context.Context, d *demo) (string, error) {
 		to := d.pods[(i+1)%len(d.pods)]
 		for _, ip := range []netip.Addr{to.IPv4(), to.IPv6()} {
 			if _, err := cluster.UDP(ctx, from, netip.AddrPortFrom(ip, echoPort), []byte(payload)); err != nil {
-				return "", errors.Join(err, stopCapture(ctx, capture))
+				return "", err
 			}
 			sent += 2 // the server sends it back
 		}
@@ -114,25 +114,18 @@ func talkPlain(ctx context.Context, d *demo) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, f := range seen.Findings[:min(len(seen.Findings), 1)] {
-		d.show(f.Why)
-	}
-	d.showMore(seen.String())
 	if seen.WithMarker != sent {
 		return "", fmt.Errorf("the capture has found the payload in %d of %d packets: %s", seen.WithMarker, sent, seen)
 	}
+	d.show(seen.Findings[0].Why)
+	d.showMore(seen.String())
 	if err := d.deletePods(ctx); err != nil {
 		return "", err
 	}
 	if d.before, err = d.readStates(ctx); err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("a capture between the nodes reads their payload in %d of %d packets", seen.WithMarker, sent), nil
-}
-
-func stopCapture(ctx context.Context, c *cluster.Capture) error {
-	_, err := c.Stop(ctx)
-	return err
+	return fmt.Sprintf("a capture between the nodes reads %d of %d packets", seen.WithMarker, sent), nil
 }
 
 func addEntry(_ context.Context, d *demo) (string, error) {
@@ -150,9 +143,11 @@ func addEntry(_ context.Context, d *demo) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("conflist of %s: %w", first.Name, err)
 	}
-	d.show(strings.Join(lines, "\n"))
+	for _, line := range lines {
+		d.show(d.paint("32", line))
+	}
 	d.showMore(text)
-	return fmt.Sprintf("%d lines", len(lines)), nil
+	return "bridge, host-local and ipMasq stay as they are", nil
 }
 
 // entryLines is the conflist's last entry, a line a key.
@@ -199,7 +194,11 @@ func startHelpers(ctx context.Context, d *demo) (string, error) {
 		return "", err
 	}
 	took := time.Since(start)
-	return fmt.Sprintf("each knows the %d others, and its kernel is as planned, after %s", nodeCount-1, seconds(took)), nil
+	kind, err := tunnel(d.cluster.Nodes[0])
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("all have met and hold their plan after %d ms (%s)", took.Milliseconds(), kind.kind()), nil
 }
 
 func (d *demo) startHelper(n *cluster.Node) error {

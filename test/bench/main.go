@@ -1,0 +1,164 @@
+// bench measures what wgcni costs: its verbs beside those of the reference
+// plugins, its verbs as a node fills, and the throughput between pods. All that
+// is compared runs in turns, since only ratios within one run mean anything.
+//
+//	go run ./test/bench [--short] [--sections verbs,scale,throughput] [--markdown]
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/test/cluster"
+)
+
+// benches are the parts of a run, in their order.
+var benches = []struct {
+	name string
+	run  func(context.Context, *bench) ([]section, error)
+}{
+	{"verbs", benchVerbs},
+	{"scale", benchScale},
+	{"throughput", benchThroughput},
+}
+
+func main() {
+	cluster.Init()
+	if len(os.Args) == 2 && os.Args[1] == timerArg {
+		exitOn(serveTimings(os.Stdin, os.Stdout))
+		return
+	}
+	b := &bench{started: time.Now()}
+	var names string
+	var asMarkdown bool
+	flag.BoolVar(&b.short, "short", false, "fewer rounds: under a minute, and less exact")
+	flag.StringVar(&names, "sections", "verbs,scale,throughput", "what to measure")
+	flag.BoolVar(&asMarkdown, "markdown", false, "print the table for the README")
+	flag.Parse()
+	if flag.NArg() > 0 {
+		exitOn(fmt.Errorf("%q: bench takes flags only", flag.Arg(0)))
+	}
+	if os.Geteuid() != 0 {
+		exitOn(errors.New("run it as root: it makes network namespaces"))
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	sections, err := b.all(ctx, names)
+	b.clearProgress()
+	if ctx.Err() != nil {
+		err = errors.New("interrupted") // what it made is gone by now
+	}
+	exitOn(err)
+	show(sections, asMarkdown, time.Since(b.started))
+}
+
+func exitOn(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func show(sections []section, asMarkdown bool, took time.Duration) {
+	fmt.Println(machine())
+	fmt.Println()
+	if asMarkdown {
+		fmt.Print(markdown(sections))
+	} else {
+		fmt.Print(text(sections))
+	}
+	n, of := missed(sections)
+	fmt.Printf("%d of %d budgets missed; took %s.\n", n, of, took.Round(time.Second))
+}
+
+// machine says what the figures were measured on.
+func machine() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "unknown machine: " + err.Error()
+	}
+	where := "in userspace (wireguard-go)"
+	if kernel.HasWireGuard() {
+		where = "in the kernel"
+	}
+	return fmt.Sprintf("%d cores, Linux %s, %s, WireGuard %s.",
+		runtime.NumCPU(), unix.ByteSliceToString(u.Release[:]), runtime.Version(), where)
+}
+
+// bench is one run.
+type bench struct {
+	short   bool
+	started time.Time
+	told    time.Time // of the last progress
+	errs    []error   // of cleaning up
+}
+
+// all runs the named sections.
+func (b *bench) all(ctx context.Context, names string) ([]section, error) {
+	wanted := map[string]bool{}
+	for name := range strings.SplitSeq(names, ",") {
+		wanted[name] = true
+	}
+	var sections []section
+	for _, x := range benches {
+		if !wanted[x.name] {
+			continue
+		}
+		delete(wanted, x.name)
+		s, err := x.run(ctx, b)
+		if err := errors.Join(append(b.errs, err)...); err != nil {
+			return nil, fmt.Errorf("%s: %w", x.name, err)
+		}
+		sections = append(sections, s...)
+	}
+	for name := range wanted {
+		return nil, fmt.Errorf("--sections: %q is none of verbs, scale, throughput", name)
+	}
+	return sections, nil
+}
+
+// rounds and span choose between the whole and the short form.
+func (b *bench) rounds(whole, short int) int {
+	if b.short {
+		return short
+	}
+	return whole
+}
+
+func (b *bench) span(whole, short time.Duration) time.Duration {
+	if b.short {
+		return short
+	}
+	return whole
+}
+
+// remove takes a cluster down, and keeps the error for the end.
+func (b *bench) remove(c *cluster.Cluster) {
+	if err := c.Close(); err != nil {
+		b.errs = append(b.errs, fmt.Errorf("remove the cluster: %w", err))
+	}
+}
+
+// progress tells on stderr what is being done, a few times a second at most.
+func (b *bench) progress(format string, args ...any) {
+	if now := time.Now(); now.Sub(b.told) > 250*time.Millisecond {
+		b.told = now
+		fmt.Fprintf(os.Stderr, "%s[%3.0fs] %s", clearLine, now.Sub(b.started).Seconds(), fmt.Sprintf(format, args...))
+	}
+}
+
+// clearLine goes back to the start of the line and erases it (ECMA-48, EL).
+const clearLine = "\r\x1b[K"
+
+func (b *bench) clearProgress() { fmt.Fprint(os.Stderr, clearLine) }
