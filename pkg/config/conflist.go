@@ -95,7 +95,7 @@ func typeOf(stanza json.RawMessage) string {
 // find returns the first conflist, in the order of their names, that chains wgcni.
 func find(dir string) (string, error) {
 	entries, err := os.ReadDir(dir)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", err
 	}
 	for _, e := range entries { // sorted by name
@@ -146,6 +146,12 @@ func podCIDRs(plugins []json.RawMessage, subnetFile string) ([]netip.Prefix, err
 		return nil, nil
 	}
 	if typeOf(plugins[0]) == "flannel" {
+		var flannel struct {
+			SubnetFile string `json:"subnetFile"`
+		}
+		if json.Unmarshal(plugins[0], &flannel) == nil && flannel.SubnetFile != "" {
+			subnetFile = flannel.SubnetFile
+		}
 		return flannelSubnets(subnetFile)
 	}
 	var primary struct {

@@ -39,7 +39,7 @@ func main() {
 		exitOn(serveTimings(os.Stdin, os.Stdout))
 		return
 	}
-	b := &bench{started: time.Now()}
+	b := &bench{started: time.Now(), terminal: isTerminal(os.Stderr)}
 	var names string
 	var asMarkdown bool
 	flag.BoolVar(&b.short, "short", false, "fewer rounds: under a minute, and less exact")
@@ -98,10 +98,11 @@ func machine() string {
 
 // bench is one run.
 type bench struct {
-	short   bool
-	started time.Time
-	told    time.Time // of the last progress
-	errs    []error   // of cleaning up
+	short    bool
+	terminal bool // stderr is one
+	started  time.Time
+	told     time.Time // of the last progress
+	errs     []error   // of cleaning up
 }
 
 // all runs the named sections.
@@ -150,15 +151,29 @@ func (b *bench) remove(c *cluster.Cluster) {
 	}
 }
 
-// progress tells on stderr what is being done, a few times a second at most.
+// progress tells on stderr what is being done: on one line of a terminal, else a
+// line every ten seconds.
 func (b *bench) progress(format string, args ...any) {
-	if now := time.Now(); now.Sub(b.told) > 250*time.Millisecond {
+	pause, form := 10*time.Second, "[%3.0fs] %s\n"
+	if b.terminal {
+		pause, form = 250*time.Millisecond, clearLine+"[%3.0fs] %s"
+	}
+	if now := time.Now(); now.Sub(b.told) > pause {
 		b.told = now
-		fmt.Fprintf(os.Stderr, "%s[%3.0fs] %s", clearLine, now.Sub(b.started).Seconds(), fmt.Sprintf(format, args...))
+		fmt.Fprintf(os.Stderr, form, now.Sub(b.started).Seconds(), fmt.Sprintf(format, args...))
 	}
 }
 
 // clearLine goes back to the start of the line and erases it (ECMA-48, EL).
 const clearLine = "\r\x1b[K"
 
-func (b *bench) clearProgress() { fmt.Fprint(os.Stderr, clearLine) }
+func (b *bench) clearProgress() {
+	if b.terminal {
+		fmt.Fprint(os.Stderr, clearLine)
+	}
+}
+
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}

@@ -29,10 +29,9 @@ func chained(h *host) []*subject {
 		{name: baseline, plugin: "tuning", stanza: map[string]any{"mtu": 1400}},
 		{name: idlePort, plugin: "portmap", stanza: map[string]any{"capabilities": mappings["capabilities"]}},
 		{name: "portmap, one mapping", plugin: "portmap", stanza: mappings},
-		{name: "bandwidth", plugin: "bandwidth", stanza: rate},
+		{name: "bandwidth", plugin: "bandwidth", stanza: rate, fresh: true}, // DEL leaves a qdisc
 		{name: "firewall", plugin: "firewall"},
-		// DEL leaves the routes that it moved to go with the pod.
-		{name: "sbr", plugin: "sbr", fresh: true},
+		{name: "sbr", plugin: "sbr", fresh: true}, // DEL leaves the routes where ADD moved them to
 	}
 	for _, s := range subjects {
 		s.host, s.network = h, insideNetwork

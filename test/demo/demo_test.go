@@ -87,21 +87,32 @@ func (p *demoProcess) processes() (pids []string) {
 }
 
 // namespaces lists those of the demo's processes that are not the test's own.
-func (p *demoProcess) namespaces() map[string]bool {
+// They are held until the test's end: the kernel would give their numbers to
+// namespaces of others.
+func (p *demoProcess) namespaces(t *testing.T) map[string]bool {
+	t.Helper()
 	found := map[string]bool{}
 	for _, pid := range p.processes() {
 		for _, kind := range []string{"mnt", "net", "pid", "uts", "ipc"} {
-			id, err := os.Readlink(filepath.Join("/proc", pid, "ns", kind))
 			ours, _ := os.Readlink(filepath.Join("/proc/self/ns", kind))
-			if err == nil && id != ours {
-				found[id] = true
+			f, err := os.Open(filepath.Join("/proc", pid, "ns", kind))
+			if err != nil {
+				continue // the process has ended
 			}
+			id, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+			if err != nil || id == ours || found[id] {
+				_ = f.Close() // opened to look only
+				continue
+			}
+			found[id] = true
+			t.Cleanup(func() { _ = f.Close() })
 		}
 	}
 	return found
 }
 
-// checkGone fails the test if a process, namespace or file of the demo stays.
+// checkGone fails the test if a process or file of the demo stays, or if any
+// process is in one of the namespaces.
 func (p *demoProcess) checkGone(t *testing.T, namespaces map[string]bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -161,7 +172,7 @@ func TestInterrupted(t *testing.T) {
 			if err := p.log.WaitFor(t.Context(), fmt.Sprintf("%2d. ", tt.step)); err != nil {
 				t.Fatal(err)
 			}
-			namespaces := p.namespaces()
+			namespaces := p.namespaces(t)
 			if tt.step > 1 && len(namespaces) < 5*(nodeCount+1) {
 				t.Errorf("found only %d namespaces of %d machines", len(namespaces), nodeCount+1)
 			}

@@ -1,0 +1,418 @@
+package config
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+var compareAddrs = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
+
+const (
+	minimal  = `"clusterCIDRs": ["10.244.0.0/16"], "registry": {"type": "file", "path": "/srv/mesh.json"}`
+	registry = `"registry": {"type": "file", "path": "/srv/mesh.json"}`
+	cidrs    = `"clusterCIDRs": ["10.244.0.0/16"]`
+)
+
+// object puts keys before those that are required.
+func object(keys string) string { return `{"nodeName": "node-a", ` + keys + `, ` + minimal + `}` }
+
+// A wrong stanza, the key that the error must name, and what else it must say.
+type wrong struct{ stanza, key, says string }
+
+// wrongs has every key of ours wrong in type and wrong in value.
+var wrongs = []wrong{
+	{`{` + registry + `}`, "clusterCIDRs", "missing"},
+	{`{"clusterCIDRs": [], ` + registry + `}`, "clusterCIDRs", "missing"},
+	{`{"clusterCIDRs": null, ` + registry + `}`, "clusterCIDRs", "missing"},
+	{`{"clusterCIDRs": "10.244.0.0/16", ` + registry + `}`, "clusterCIDRs", "list"},
+	{`{"clusterCIDRs": [1], ` + registry + `}`, "clusterCIDRs", "string"},
+	{`{"clusterCIDRs": ["10.244.0.0"], ` + registry + `}`, "clusterCIDRs", "10.244.0.0"},
+	{`{"clusterCIDRs": ["10.244.0.0/16", "pods"], ` + registry + `}`, "clusterCIDRs", "pods"},
+	{`{"clusterCIDRs": ["10.244.1.0/16"], ` + registry + `}`, "clusterCIDRs", "write 10.244.0.0/16"},
+	{`{"clusterCIDRs": ["0.0.0.0/0"], ` + registry + `}`, "clusterCIDRs", "every address"},
+	{`{"clusterCIDRs": ["::/0"], ` + registry + `}`, "clusterCIDRs", "every address"},
+	{`{"clusterCIDRs": ["::ffff:10.244.0.0/112"], ` + registry + `}`, "clusterCIDRs", "IPv4"},
+	{object(`"podCIDRs": "10.244.1.0/24"`), "podCIDRs", "list"},
+	{object(`"podCIDRs": ["10.244.1.5/24"]`), "podCIDRs", "10.244.1.0/24"},
+	{object(`"podCIDRs": ["10.245.1.0/24"]`), "podCIDRs", "not inside clusterCIDRs"},
+	{object(`"podCIDRs": ["10.0.0.0/8"]`), "podCIDRs", "not inside clusterCIDRs"},
+	{object(`"encryption": true`), "encryption", "string"},
+	{object(`"encryption": "maybe"`), "encryption", `"required"`},
+	{object(`"encryptNodes": "yes"`), "encryptNodes", "true or false"},
+	{object(`"encryptNodes": true`), "encryptNodes", "not supported"},
+	{`{"nodeName": 5, ` + minimal + `}`, "nodeName", "string"},
+	{`{"nodeName": "Node_A", ` + minimal + `}`, "nodeName", "Node_A"},
+	{`{"nodeName": "-a", ` + minimal + `}`, "nodeName", "DNS"},
+	{`{"nodeName": "` + strings.Repeat("a", 254) + `", ` + minimal + `}`, "nodeName", "DNS"},
+	{object(`"endpoint": 51820`), "endpoint", "string"},
+	{object(`"endpoint": "192.0.2.1"`), "endpoint", "host:port"},
+	{object(`"endpoint": ":51820"`), "endpoint", "host:port"},
+	{object(`"endpoint": "2001:db8::1:51820"`), "endpoint", "host:port"},
+	{object(`"endpoint": "192.0.2.1:0"`), "endpoint", "1 to 65535"},
+	{object(`"endpoint": "192.0.2.1:65536"`), "endpoint", "1 to 65535"},
+	{object(`"endpoint": "192.0.2.1:http"`), "endpoint", "1 to 65535"},
+	{object(`"endpoint": "0.0.0.0:51820"`), "endpoint", "0.0.0.0"},
+	{object(`"endpoint": "[::1]:51820"`), "endpoint", "::1"},
+	{object(`"endpoint": "224.0.0.1:51820"`), "endpoint", "224.0.0.1"},
+	{object(`"interface": 0`), "interface", "string"},
+	{object(`"interface": "a-name-of-16-char"`), "interface", "15"},
+	{object(`"interface": "a/b"`), "interface", "a/b"},
+	{object(`"interface": ".."`), "interface", ".."},
+	{object(`"interface": "wg 0"`), "interface", "wg 0"},
+	{object(`"listenPort": "51820"`), "listenPort", "whole number"},
+	{object(`"listenPort": 51820.5`), "listenPort", "whole number"},
+	{object(`"listenPort": 0`), "listenPort", "1 to 65535"},
+	{object(`"listenPort": 65536`), "listenPort", "1 to 65535"},
+	{object(`"mtu": "1420"`), "mtu", "whole number"},
+	{object(`"mtu": 0`), "mtu", "1280"},
+	{object(`"mtu": 1279`), "mtu", "1280"},
+	{object(`"mtu": 65536`), "mtu", "65535"},
+	{object(`"keepalive": "25s"`), "keepalive", "whole number"},
+	{object(`"keepalive": -1`), "keepalive", "0 to 65535"},
+	{object(`"keepalive": 65536`), "keepalive", "0 to 65535"},
+	{object(`"fwmark": []`), "fwmark", "0x4"},
+	{object(`"fwmark": true`), "fwmark", "0x4"},
+	{object(`"fwmark": "four"`), "fwmark", "four"},
+	{object(`"fwmark": -4`), "fwmark", "-4"},
+	{object(`"fwmark": 4294967296`), "fwmark", "32 bit"},
+	{object(`"fwmark": 0`), "fwmark", "0 bits"},
+	{object(`"fwmark": "0x6"`), "fwmark", "2 bits"},
+	{object(`"table": "main"`), "table", "whole number"},
+	{object(`"table": 0`), "table", "out of range"},
+	{object(`"table": 2147483648`), "table", "out of range"},
+	{object(`"table": 253`), "table", "the kernel's own"},
+	{object(`"table": 254`), "table", "the kernel's own"},
+	{object(`"table": 255`), "table", "the kernel's own"},
+	{object(`"rulePriority": "high"`), "rulePriority", "whole number"},
+	{object(`"rulePriority": 0`), "rulePriority", "out of range"},
+	{object(`"rulePriority": 32766`), "rulePriority", "32765"},
+	{`{` + cidrs + `}`, "registry", "missing"},
+	{`{` + cidrs + `, "registry": null}`, "registry", "missing"},
+	{`{` + cidrs + `, "registry": "/srv/mesh.json"}`, "registry", "object"},
+	{`{` + cidrs + `, "registry": []}`, "registry", "object"},
+	{`{` + cidrs + `, "registry": {"path": "/srv/mesh.json"}}`, "registry.type", "missing"},
+	{`{` + cidrs + `, "registry": {"type": "consul", "path": "/srv/mesh.json"}}`, "registry.type", "consul"},
+	{`{` + cidrs + `, "registry": {"type": 1}}`, "registry.type", "string"},
+	{`{` + cidrs + `, "registry": {"type": "file"}}`, "registry.path", "missing"},
+	{`{` + cidrs + `, "registry": {"type": "file", "path": "mesh.json"}}`, "registry.path", "relative"},
+	{`{` + cidrs + `, "registry": {"type": "file", "path": 1}}`, "registry.path", "string"},
+	{`{` + cidrs + `, "registry": {"type": "file", "paht": "/srv"}}`, "registry.paht", `"registry.path"`},
+	{object(`"clusterSecretFile": 5`), "clusterSecretFile", "string"},
+	{object(`"clusterSecretFile": "/etc/secret"`), "clusterSecretFile", "not supported"},
+	{object(`"runDir": 5`), "runDir", "string"},
+	{object(`"runDir": "run"`), "runDir", "relative"},
+	{object(`"runDir": "/var/lib/wgcni/"`), "runDir", "stateDir"},
+	{object(`"stateDir": ["/x"]`), "stateDir", "string"},
+	{object(`"stateDir": "./x"`), "stateDir", "relative"},
+}
+
+func TestParseRefuses(t *testing.T) {
+	for _, w := range wrongs {
+		c, err := Parse([]byte(w.stanza))
+		var invalid *Error
+		if !errors.As(err, &invalid) {
+			t.Errorf("%s: %v, %v", w.stanza, c, err)
+			continue
+		}
+		if invalid.Key != w.key || !strings.HasPrefix(err.Error(), w.key+": ") || !strings.Contains(err.Error(), w.says) {
+			t.Errorf("%s: %q, want one about %s that says %q", w.stanza, err, w.key, w.says)
+		}
+		if !reflect.DeepEqual(c, Config{}) {
+			t.Errorf("%s: half a configuration beside the error", w.stanza)
+		}
+	}
+}
+
+// cniKeys are those that libcni and the specification put into a stanza.
+var cniKeys = []string{
+	"cniVersion", "cniVersions", "name", "type", "prevResult", "runtimeConfig", "capabilities", "args", "ipam", "dns",
+	"disableCheck", "disableGC", "cni.dev/valid-attachments", "cni.dev/attachments",
+}
+
+// ourKeys are all others, those of objects as "registry.path".
+func ourKeys(path string, t reflect.Type) (out []string) {
+	for i := range t.NumField() {
+		key, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
+		if slices.Contains(cniKeys, key) {
+			continue
+		}
+		out = append(out, path+key)
+		if f := t.Field(i).Type; f.Kind() == reflect.Pointer && f.Elem().Kind() == reflect.Struct {
+			out = append(out, ourKeys(path+key+".", f.Elem())...)
+		}
+	}
+	return out
+}
+
+// TestEveryKeyHasItsCases keeps the tables here as long as the stanza: each key
+// is wrong once in type and once in value, and misspelt once.
+func TestEveryKeyHasItsCases(t *testing.T) {
+	keys := ourKeys("", reflect.TypeFor[rawStanza]())
+	for _, key := range keys {
+		var ofType, ofValue int
+		for _, w := range wrongs {
+			if w.key != key {
+				continue
+			}
+			var typed *json.UnmarshalTypeError
+			var raw rawStanza
+			if err := json.Unmarshal([]byte(w.stanza), &raw); errors.As(err, &typed) || strings.Contains(w.stanza, `"fwmark": [`) {
+				ofType++
+			} else {
+				ofValue++
+			}
+		}
+		if ofType == 0 || ofValue == 0 {
+			t.Errorf("%s: %d cases of a wrong type, %d of a wrong value", key, ofType, ofValue)
+		}
+	}
+	for key := range maps.Keys(values) {
+		if !slices.Contains(keys, key) {
+			t.Errorf("the stanza has no key %s", key)
+		}
+	}
+	for _, key := range keys {
+		if _, ok := values[key]; !ok && !strings.Contains(key, ".") {
+			t.Errorf("%s has no case of a good value", key)
+		}
+	}
+}
+
+// TestUnknownKeys: each key misspelt is refused, and the right one is named.
+func TestUnknownKeys(t *testing.T) {
+	for _, key := range ourKeys("", reflect.TypeFor[rawStanza]()) {
+		object, name, nested := strings.Cut(key, ".")
+		if !nested {
+			object, name = "", key
+		}
+		for _, misspelt := range []string{name + "x", name[:len(name)-1], strings.ToUpper(name), name[:1] + "_" + name[1:]} {
+			stanza := fmt.Sprintf(`{%q: 1, %s}`, misspelt, minimal)
+			path := ""
+			if nested {
+				stanza, path = fmt.Sprintf(`{%s, %q: {%q: 1}}`, cidrs, object, misspelt), object+"."
+			}
+			_, err := Parse([]byte(stanza))
+			var invalid *Error
+			if !errors.As(err, &invalid) || invalid.Key != path+misspelt || !strings.Contains(err.Error(), fmt.Sprintf("%q", key)) {
+				t.Errorf("%s: %v, want one that names %q and %q", stanza, err, path+misspelt, key)
+			}
+		}
+	}
+	if _, err := Parse([]byte(`{"": 1, ` + minimal + `}`)); err == nil {
+		t.Error("a key without a name is accepted")
+	}
+}
+
+// values has a good value for every key, and what becomes of it.
+var values = map[string]struct {
+	value string
+	want  func(*Config)
+}{
+	"clusterCIDRs": {`["10.244.0.0/16", "fd00:244::/32"]`, func(c *Config) {
+		c.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
+	}},
+	"podCIDRs":          {`["10.244.1.0/24"]`, func(c *Config) { c.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")} }},
+	"encryption":        {`"preferred"`, func(c *Config) { c.Encryption = mesh.Preferred }},
+	"encryptNodes":      {`false`, func(*Config) {}},
+	"nodeName":          {`"node-b.example.org"`, func(c *Config) { c.NodeName = "node-b.example.org" }},
+	"endpoint":          {`"[2001:db8::1]:51821"`, func(c *Config) { c.Endpoint = "[2001:db8::1]:51821" }},
+	"interface":         {`"wg.pods_1-a"`, func(c *Config) { c.Interface = "wg.pods_1-a" }},
+	"listenPort":        {`1`, func(c *Config) { c.ListenPort = 1 }},
+	"mtu":               {`1280`, func(c *Config) { c.MTU = 1280 }},
+	"keepalive":         {`25`, func(c *Config) { c.Keepalive = 25 * time.Second }},
+	"fwmark":            {`"0x10"`, func(c *Config) { c.FwMark = 0x10 }},
+	"table":             {`256`, func(c *Config) { c.Table = 256 }},
+	"rulePriority":      {`32765`, func(c *Config) { c.RulePriority = 32765 }},
+	"registry":          {`{"type": "file", "path": "/mnt//shared/mesh.json"}`, func(c *Config) { c.Registry.Path = "/mnt/shared/mesh.json" }},
+	"clusterSecretFile": {`""`, func(*Config) {}},
+	"runDir":            {`"/run/other/"`, func(c *Config) { c.RunDir = "/run/other" }},
+	"stateDir":          {`"/srv/state"`, func(c *Config) { c.StateDir = "/srv/state" }},
+}
+
+func defaults() Config {
+	return Config{
+		NodeName: "node-a",
+		Settings: mesh.Settings{
+			ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, Encryption: mesh.Required,
+			Interface: "wgcni0", ListenPort: 51820, FwMark: 0x4, Table: 0x7767, RulePriority: 110,
+		},
+		Registry: Registry{Type: "file", Path: "/srv/mesh.json"},
+		RunDir:   "/run/wgcni", StateDir: "/var/lib/wgcni",
+	}
+}
+
+func TestParse(t *testing.T) {
+	t.Setenv("NODE_NAME", "node-a")
+	check := func(stanza string, want Config) {
+		t.Helper()
+		got, err := Parse([]byte(stanza))
+		if err != nil {
+			t.Errorf("%s: %v", stanza, err)
+			return
+		}
+		if diff := cmp.Diff(want, got, compareAddrs); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", stanza, diff)
+		}
+	}
+	check(`{`+minimal+`}`, defaults())
+	for key, v := range values {
+		want := defaults()
+		v.want(&want)
+		stanza := map[string]json.RawMessage{}
+		if err := json.Unmarshal([]byte(`{`+minimal+`}`), &stanza); err != nil {
+			t.Fatal(err)
+		}
+		stanza[key] = json.RawMessage(v.value)
+		text, err := json.Marshal(stanza)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check(string(text), want)
+		if key != "clusterCIDRs" && key != "registry" { // null is as good as absent
+			stanza[key] = json.RawMessage("null")
+			text, _ = json.Marshal(stanza)
+			check(string(text), defaults())
+		}
+	}
+	for _, mark := range []string{`16`, `"16"`, `"0x10"`, `"0b10000"`} {
+		want := defaults()
+		want.FwMark = 0x10
+		check(object(`"fwmark": `+mark), want)
+	}
+	// What libcni and runtimes add to every stanza is none of our business.
+	for _, key := range cniKeys {
+		switch key {
+		case "cniVersion", "name", "type":
+			continue
+		}
+		for _, value := range []string{`{}`, `[]`, `"x"`, `null`, `true`} {
+			check(object(fmt.Sprintf("%q: %s", key, value)), defaults())
+		}
+	}
+	want := defaults()
+	want.Name, want.CNIVersion = "pods", "1.1.0"
+	check(object(`"type": "wgcni", "name": "pods", "cniVersion": "1.1.0"`), want)
+}
+
+// TestMarkOwners: a full-width mark broke Calico and Cilium (talos#4836).
+func TestMarkOwners(t *testing.T) {
+	for owner, bits := range map[string][]uint32{
+		"kube-proxy": {0x4000, 0x8000}, "portmap": {0x2000}, "Calico": {0x10000, 0x80000, 0x80000000},
+		"Cilium": {0x100, 0x200, 0x400, 0x800, 0x1000}, "KubeSpan": {0x20, 0x40}, "AWS": {0x80},
+	} {
+		for _, bit := range bits {
+			_, err := Parse([]byte(object(fmt.Sprintf(`"fwmark": "%#x"`, bit))))
+			if err == nil || !strings.Contains(err.Error(), owner) {
+				t.Errorf("%#x: %v, want one that names %s", bit, err, owner)
+			}
+		}
+	}
+	for _, bit := range []uint32{0x1, 0x2, 0x4, 0x8, 0x10} {
+		if _, err := Parse([]byte(object(fmt.Sprintf(`"fwmark": %d`, bit)))); err != nil {
+			t.Errorf("%#x: %v", bit, err)
+		}
+	}
+}
+
+func TestNodeName(t *testing.T) {
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ stanza, env, want string }{
+		{`"nodeName": "configured", `, "from-env", "configured"},
+		{``, "from-env", "from-env"},
+		{``, "", strings.ToLower(host)},
+	} {
+		t.Setenv("NODE_NAME", tt.env)
+		c, err := Parse([]byte(`{` + tt.stanza + minimal + `}`))
+		if err != nil || c.NodeName != tt.want {
+			t.Errorf("%+v: %q, %v", tt, c.NodeName, err)
+		}
+	}
+	t.Setenv("NODE_NAME", "Not A Name")
+	if _, err := Parse([]byte(`{` + minimal + `}`)); err == nil || !strings.Contains(err.Error(), "nodeName") {
+		t.Errorf("a bad NODE_NAME: %v", err)
+	}
+}
+
+func TestBrokenJSON(t *testing.T) {
+	for _, text := range []string{``, `{`, `[]`, `"x"`, `5`, `{"clusterCIDRs": ["10.244.0.0/16"],}`, `{"a": 1} {"b": 2}`, "\x00", `{"name": "\ud800`} {
+		if _, err := Parse([]byte(text)); err == nil || !strings.Contains(err.Error(), "not valid JSON") {
+			t.Errorf("%q: %v", text, err)
+		}
+		if got := RunDirOf([]byte(text)); got != DefaultRunDir {
+			t.Errorf("%q: the run folder is %s", text, got)
+		}
+	}
+}
+
+// TestRunDirOf: DEL finds the store whatever else the stanza says.
+func TestRunDirOf(t *testing.T) {
+	for text, want := range map[string]string{
+		`{"runDir": "/run/other/"}`:                     "/run/other",
+		`{"runDir": "/run/other", "no-such": 1}`:        "/run/other",
+		`{"runDir": "/run/other", "clusterCIDRs": "x"}`: "/run/other",
+		`{"runDir": "run"}`:                             DefaultRunDir,
+		`{"runDir": 5}`:                                 DefaultRunDir,
+		`{"runDir": null}`:                              DefaultRunDir,
+		`{}`:                                            DefaultRunDir,
+		`{"runDir": "/run/other", "registry": {"x": []}}`: "/run/other",
+	} {
+		if got := RunDirOf([]byte(text)); got != want {
+			t.Errorf("%s: %s, want %s", text, got, want)
+		}
+	}
+}
+
+// FuzzStanza: no text makes Parse panic; what it accepts is within bounds, and
+// an error names a key, or says that this is no JSON.
+func FuzzStanza(f *testing.F) {
+	for _, w := range wrongs {
+		f.Add([]byte(w.stanza))
+	}
+	for key, v := range values {
+		f.Add([]byte(object(fmt.Sprintf("%q: %s", key, v.value))))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if dir := RunDirOf(text); !strings.HasPrefix(dir, "/") {
+			t.Errorf("run folder %q", dir)
+		}
+		c, err := Parse(text)
+		var invalid *Error
+		switch {
+		case errors.As(err, &invalid):
+			if invalid.Key == "" && !strings.Contains(string(text), `""`) {
+				t.Errorf("no key in %q", err)
+			}
+		case err != nil:
+			if !strings.HasPrefix(err.Error(), "not valid JSON: ") {
+				t.Errorf("%v", err)
+			}
+		default:
+			if len(c.ClusterCIDRs) == 0 || c.ListenPort < 1 || c.ListenPort > 65535 || c.FwMark&(c.FwMark-1) != 0 || c.FwMark == 0 ||
+				c.RunDir == c.StateDir || c.Registry.Path == "" || c.NodeName == "" || c.MTU != 0 && c.MTU < 1280 {
+				t.Errorf("accepted: %+v", c)
+			}
+			for _, p := range slices.Concat(c.ClusterCIDRs, c.PodCIDRs) {
+				if p != p.Masked() || p.Bits() == 0 {
+					t.Errorf("accepted: %s", p)
+				}
+			}
+		}
+	})
+}
