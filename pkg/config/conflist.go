@@ -196,7 +196,7 @@ func flannelSubnets(path string) ([]netip.Prefix, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	var out []netip.Prefix
 	for lines := bufio.NewScanner(f); lines.Scan(); {
 		key, value, _ := strings.Cut(lines.Text(), "=")

@@ -56,7 +56,7 @@ func removeByUAPI(o mesh.SetPeer) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close() //nolint:errcheck // only read from after the write
+	defer conn.Close()
 	if err := conn.SetDeadline(time.Now().Add(uapiTimeout)); err != nil {
 		return err
 	}
@@ -87,7 +87,7 @@ func removeByFlag(o mesh.SetPeer) error {
 	if err != nil {
 		return err
 	}
-	defer c.Close() //nolint:errcheck // nothing is buffered
+	defer c.Close()
 	family, err := c.GetFamily(unix.WG_GENL_NAME)
 	if err != nil {
 		return err

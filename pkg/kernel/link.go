@@ -165,7 +165,7 @@ func HasWireGuard() bool {
 	if err != nil {
 		return false
 	}
-	defer c.Close() //nolint:errcheck // nothing is buffered
+	defer c.Close()
 	_, err = c.GetFamily(unix.WG_GENL_NAME)
 	return err == nil
 }

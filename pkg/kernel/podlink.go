@@ -31,7 +31,7 @@ func OpenPodLink(sandbox, ifname string) (*PodLink, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the pod's network namespace %s: %w", sandbox, err)
 	}
-	defer ns.Close() //nolint:errcheck // the handle has its own reference
+	defer ns.Close()
 	pod, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("enter the pod's network namespace %s: %w", sandbox, err)

@@ -115,12 +115,16 @@ func TestDiffOneChange(t *testing.T) {
 		{"nothing", func(*mesh.Facts) {}, ""},
 		{"a pod inside the prefix", func(f *mesh.Facts) { f.LocalPods = addrs("10.244.1.6") }, ""},
 		// LESSONS: a key change filtered out as "no change" (cilium#25492). The prefix moves, it is never removed.
-		{"key", func(f *mesh.Facts) { f.Nodes[0].PublicKey = key(4) },
-			"wg set wgcni0 peer k4 (b) endpoint 192.0.2.2:51820 allowed-ips +10.244.2.0/24\nwg set wgcni0 peer k2 remove\n"},
-		{"swap", func(f *mesh.Facts) {
-			f.Nodes[0].Prefixes, f.Nodes[1].Prefixes = f.Nodes[1].Prefixes, f.Nodes[0].Prefixes
+		{
+			"key", func(f *mesh.Facts) { f.Nodes[0].PublicKey = key(4) },
+			"wg set wgcni0 peer k4 (b) endpoint 192.0.2.2:51820 allowed-ips +10.244.2.0/24\nwg set wgcni0 peer k2 remove\n",
 		},
-			"wg set wgcni0 peer k2 (b) allowed-ips +10.244.3.0/24\nwg set wgcni0 peer k3 (c) allowed-ips +10.244.2.0/24\n"},
+		{
+			"swap", func(f *mesh.Facts) {
+				f.Nodes[0].Prefixes, f.Nodes[1].Prefixes = f.Nodes[1].Prefixes, f.Nodes[0].Prefixes
+			},
+			"wg set wgcni0 peer k2 (b) allowed-ips +10.244.3.0/24\nwg set wgcni0 peer k3 (c) allowed-ips +10.244.2.0/24\n",
+		},
 		// The routes get the new source before the old address goes, which would take them along.
 		// The pod is now outside of the prefix, and is let through before Local shrinks.
 		{"own prefix", func(f *mesh.Facts) { f.Self.Prefixes = claims(1, "10.244.8.0/24") }, `nft set pods: +10.244.1.5

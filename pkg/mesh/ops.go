@@ -110,6 +110,7 @@ func (o SetFilterPods) String() string {
 	}
 	return s
 }
+
 func (o AddLink) String() string {
 	return fmt.Sprintf("ip link add %s mtu %d type wireguard", o.Name, o.MTU)
 }
@@ -117,8 +118,11 @@ func (o AddLink) String() string {
 func (o ConfigureLink) String() string {
 	return fmt.Sprintf("wg set %s private-key (hidden) listen-port %d fwmark %#x", o.Link.Name, o.Link.ListenPort, o.Link.FwMark)
 }
-func (o SetLink) String() string    { return fmt.Sprintf("ip link set %s mtu %d up", o.Name, o.MTU) }
+
+func (o SetLink) String() string { return fmt.Sprintf("ip link set %s mtu %d up", o.Name, o.MTU) }
+
 func (o AddAddress) String() string { return fmt.Sprintf("ip address add %s dev %s", o.Prefix, o.Link) }
+
 func (o SetRoute) String() string {
 	if o.Route.Type != ViaLink {
 		return "ip route replace " + o.Route.String()

@@ -44,41 +44,68 @@ type ownersTest struct {
 
 var ownersTests = []ownersTest{
 	{"nothing", nil, nil},
-	{"two that agree", []mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), holder("b", 2, 2, "10.244.2.0/24", "fd00:2::/64")},
-		[]string{"a: 10.244.1.0/24", "b: 10.244.2.0/24 fd00:2::/64"}},
+	{
+		"two that agree",
+		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), holder("b", 2, 2, "10.244.2.0/24", "fd00:2::/64")},
+		[]string{"a: 10.244.1.0/24", "b: 10.244.2.0/24 fd00:2::/64"},
+	},
 	// DESIGN §6: one key, one node. Neither wins.
-	{"one key, two nodes", []mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), holder("b", 1, 2, "10.244.2.0/24"), holder("c", 3, 3, "10.244.3.0/24")},
+	{
+		"one key, two nodes",
+		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), holder("b", 1, 2, "10.244.2.0/24"), holder("c", 3, 3, "10.244.3.0/24")},
 		[]string{
 			"c: 10.244.3.0/24",
 			"a: public key " + key(1).String() + " refused: b has the same key; delete the private key of the copy and restart it",
 			"b: public key " + key(1).String() + " refused: a has the same key; delete the private key of the copy and restart it",
-		}},
-	{"no key is no conflict, and no peer", []mesh.Node{holder("a", 0, 1, "10.244.1.0/24"), holder("b", 0, 2, "10.244.1.0/24"), holder("c", 3, 3, "10.244.1.0/24")},
-		[]string{"c: 10.244.1.0/24"}},
-	{"default routes", []mesh.Node{holder("a", 1, 1, "0.0.0.0/0", "::/0", "10.244.1.0/24")},
-		[]string{"a: 10.244.1.0/24", "a: 0.0.0.0/0 refused: a default route may not be claimed", "a: ::/0 refused: a default route may not be claimed"}},
-	{"outside clusterCIDRs", []mesh.Node{holder("a", 1, 1, "10.245.1.0/24", "10.244.0.0/15", "10.244.1.0/24"), podHolder("b", 2, 1, "192.0.2.9/32")},
+		},
+	},
+	{
+		"no key is no conflict, and no peer",
+		[]mesh.Node{holder("a", 0, 1, "10.244.1.0/24"), holder("b", 0, 2, "10.244.1.0/24"), holder("c", 3, 3, "10.244.1.0/24")},
+		[]string{"c: 10.244.1.0/24"},
+	},
+	{
+		"default routes",
+		[]mesh.Node{holder("a", 1, 1, "0.0.0.0/0", "::/0", "10.244.1.0/24")},
+		[]string{"a: 10.244.1.0/24", "a: 0.0.0.0/0 refused: a default route may not be claimed", "a: ::/0 refused: a default route may not be claimed"},
+	},
+	{
+		"outside clusterCIDRs",
+		[]mesh.Node{holder("a", 1, 1, "10.245.1.0/24", "10.244.0.0/15", "10.244.1.0/24"), podHolder("b", 2, 1, "192.0.2.9/32")},
 		[]string{
 			"a: 10.244.1.0/24", "a: 10.244.0.0/15 refused: not inside clusterCIDRs",
 			"a: 10.245.1.0/24 refused: not inside clusterCIDRs", "b: 192.0.2.9/32 refused: not inside clusterCIDRs",
-		}},
+		},
+	},
 	{"unmasked", []mesh.Node{holder("a", 1, 1, "10.244.1.77/24")}, []string{"a: 10.244.1.0/24"}},
 
 	// LESSONS: the mesh under another network learns pod addresses as endpoints and dies (cilium#36491).
-	{"endpoint in an older prefix", []mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), listening("b", 2, 2, "10.244.1.9:51820")},
+	{
+		"endpoint in an older prefix",
+		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), listening("b", 2, 2, "10.244.1.9:51820")},
 		[]string{
 			"a: 10.244.1.0/24", "b: address 10.244.1.9 refused: it lies inside 10.244.1.0/24, which a has held longer",
 			"b: endpoint 10.244.1.9:51820 refused: it lies inside 10.244.1.0/24, which a has held longer",
-		}},
-	{"endpoint in a younger prefix", []mesh.Node{holder("a", 1, 3, "10.244.1.0/24"), listening("b", 2, 2, "10.244.1.9:51820")},
-		[]string{"exempt: 10.244.1.9", "a: 10.244.1.0/24 refused: the endpoint 10.244.1.9:51820 of b lies inside it"}},
-	{"endpoint in a prefix of the same age", []mesh.Node{holder("a", 1, 2, "10.244.1.0/24"), listening("b", 2, 2, "10.244.1.9:51820")},
-		[]string{"exempt: 10.244.1.9", "a: 10.244.1.0/24 refused: the endpoint 10.244.1.9:51820 of b lies inside it"}},
-	{"IPv4-mapped endpoint in an older prefix", []mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), listening("b", 2, 2, "[::ffff:10.244.1.9]:51820")},
+		},
+	},
+	{
+		"endpoint in a younger prefix",
+		[]mesh.Node{holder("a", 1, 3, "10.244.1.0/24"), listening("b", 2, 2, "10.244.1.9:51820")},
+		[]string{"exempt: 10.244.1.9", "a: 10.244.1.0/24 refused: the endpoint 10.244.1.9:51820 of b lies inside it"},
+	},
+	{
+		"endpoint in a prefix of the same age",
+		[]mesh.Node{holder("a", 1, 2, "10.244.1.0/24"), listening("b", 2, 2, "10.244.1.9:51820")},
+		[]string{"exempt: 10.244.1.9", "a: 10.244.1.0/24 refused: the endpoint 10.244.1.9:51820 of b lies inside it"},
+	},
+	{
+		"IPv4-mapped endpoint in an older prefix",
+		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), listening("b", 2, 2, "[::ffff:10.244.1.9]:51820")},
 		[]string{
 			"a: 10.244.1.0/24", "b: address 10.244.1.9 refused: it lies inside 10.244.1.0/24, which a has held longer",
 			"b: endpoint 10.244.1.9:51820 refused: it lies inside 10.244.1.0/24, which a has held longer",
-		}},
+		},
+	},
 	{"endpoint in the own prefix", []mesh.Node{func() mesh.Node {
 		m := holder("a", 1, 1, "10.244.1.0/24")
 		m.Endpoint = endpoint("10.244.1.9:51820")
@@ -91,14 +118,26 @@ var ownersTests = []ownersTest{
 		holder("a", 1, 1, "10.244.1.0/26"), holder("b", 2, 2, "10.244.1.0/24"), listening("c", 3, 3, "10.244.1.200:51820"),
 	}, []string{"a: 10.244.1.0/26", "exempt: 10.244.1.200", "b: 10.244.1.0/24 refused: a has held 10.244.1.0/26 longer"}},
 
-	{"equal prefixes", []mesh.Node{holder("a", 1, 2, "10.244.1.0/24"), holder("b", 2, 1, "10.244.1.0/24")},
-		[]string{"b: 10.244.1.0/24", "a: 10.244.1.0/24 refused: b has held 10.244.1.0/24 longer"}},
-	{"equal prefixes of one age", []mesh.Node{holder("b", 2, 1, "10.244.1.0/24"), holder("a", 1, 1, "10.244.1.0/24")},
-		[]string{"a: 10.244.1.0/24", "b: 10.244.1.0/24 refused: a has held 10.244.1.0/24 longer"}},
-	{"contained in an older one", []mesh.Node{holder("a", 1, 1, "10.244.0.0/20"), holder("b", 2, 2, "10.244.1.0/24")},
-		[]string{"a: 10.244.0.0/20", "b: 10.244.1.0/24 refused: a has held 10.244.0.0/20 longer"}},
-	{"containing an older one", []mesh.Node{holder("a", 1, 2, "10.244.0.0/20"), holder("b", 2, 1, "10.244.1.0/24")},
-		[]string{"b: 10.244.1.0/24", "a: 10.244.0.0/20 refused: b has held 10.244.1.0/24 longer"}},
+	{
+		"equal prefixes",
+		[]mesh.Node{holder("a", 1, 2, "10.244.1.0/24"), holder("b", 2, 1, "10.244.1.0/24")},
+		[]string{"b: 10.244.1.0/24", "a: 10.244.1.0/24 refused: b has held 10.244.1.0/24 longer"},
+	},
+	{
+		"equal prefixes of one age",
+		[]mesh.Node{holder("b", 2, 1, "10.244.1.0/24"), holder("a", 1, 1, "10.244.1.0/24")},
+		[]string{"a: 10.244.1.0/24", "b: 10.244.1.0/24 refused: a has held 10.244.1.0/24 longer"},
+	},
+	{
+		"contained in an older one",
+		[]mesh.Node{holder("a", 1, 1, "10.244.0.0/20"), holder("b", 2, 2, "10.244.1.0/24")},
+		[]string{"a: 10.244.0.0/20", "b: 10.244.1.0/24 refused: a has held 10.244.0.0/20 longer"},
+	},
+	{
+		"containing an older one",
+		[]mesh.Node{holder("a", 1, 2, "10.244.0.0/20"), holder("b", 2, 1, "10.244.1.0/24")},
+		[]string{"b: 10.244.1.0/24", "a: 10.244.0.0/20 refused: b has held 10.244.1.0/24 longer"},
+	},
 	{"containing several, one's own among them", []mesh.Node{
 		holder("a", 1, 1, "10.244.1.0/24"), holder("b", 2, 2, "10.244.2.0/24"), holder("c", 3, 3, "10.244.3.0/24"),
 		func() mesh.Node {
@@ -110,20 +149,38 @@ var ownersTests = []ownersTest{
 		"a: 10.244.1.0/24", "b: 10.244.2.0/24", "c: 10.244.3.0/24", "d: 10.244.0.0/24 10.244.9.0/24",
 		"d: 10.244.0.0/20 refused: a has held 10.244.1.0/24 longer",
 	}},
-	{"one's own overlap", []mesh.Node{holder("a", 1, 1, "10.244.0.0/20", "10.244.1.0/24", "10.244.1.0/24")},
-		[]string{"a: 10.244.0.0/20 10.244.1.0/24"}},
+	{
+		"one's own overlap",
+		[]mesh.Node{holder("a", 1, 1, "10.244.0.0/20", "10.244.1.0/24", "10.244.1.0/24")},
+		[]string{"a: 10.244.0.0/20 10.244.1.0/24"},
+	},
 
 	// CNI: ADD x for A, ADD x for B, DEL A late. The newer has it.
-	{"a pod that moved", []mesh.Node{podHolder("a", 1, 5, "10.244.200.1/32"), podHolder("b", 2, 6, "10.244.200.1/32")},
-		[]string{"b: 10.244.200.1/32", "a: 10.244.200.1/32 refused: b has the better claim"}},
-	{"a pod claimed at one time", []mesh.Node{podHolder("b", 2, 5, "10.244.200.1/32"), podHolder("a", 1, 5, "10.244.200.1/32")},
-		[]string{"a: 10.244.200.1/32", "b: 10.244.200.1/32 refused: a has the better claim"}},
-	{"a pod in another's prefix", []mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), podHolder("b", 2, 2, "10.244.1.7/32")},
-		[]string{"a: 10.244.1.0/24", "b: 10.244.1.7/32"}},
-	{"a pod claim equal to a prefix", []mesh.Node{holder("a", 1, 1, "10.244.1.7/32"), podHolder("b", 2, 2, "10.244.1.7/32")},
-		[]string{"a: 10.244.1.7/32", "b: 10.244.1.7/32 refused: a has the better claim"}},
-	{"a pod at another's endpoint", []mesh.Node{listening("a", 1, 1, "10.244.9.9:51820"), podHolder("b", 2, 2, "10.244.9.9/32")},
-		[]string{"exempt: 10.244.9.9", "b: 10.244.9.9/32 refused: the endpoint 10.244.9.9:51820 of a lies inside it"}},
+	{
+		"a pod that moved",
+		[]mesh.Node{podHolder("a", 1, 5, "10.244.200.1/32"), podHolder("b", 2, 6, "10.244.200.1/32")},
+		[]string{"b: 10.244.200.1/32", "a: 10.244.200.1/32 refused: b has the better claim"},
+	},
+	{
+		"a pod claimed at one time",
+		[]mesh.Node{podHolder("b", 2, 5, "10.244.200.1/32"), podHolder("a", 1, 5, "10.244.200.1/32")},
+		[]string{"a: 10.244.200.1/32", "b: 10.244.200.1/32 refused: a has the better claim"},
+	},
+	{
+		"a pod in another's prefix",
+		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), podHolder("b", 2, 2, "10.244.1.7/32")},
+		[]string{"a: 10.244.1.0/24", "b: 10.244.1.7/32"},
+	},
+	{
+		"a pod claim equal to a prefix",
+		[]mesh.Node{holder("a", 1, 1, "10.244.1.7/32"), podHolder("b", 2, 2, "10.244.1.7/32")},
+		[]string{"a: 10.244.1.7/32", "b: 10.244.1.7/32 refused: a has the better claim"},
+	},
+	{
+		"a pod at another's endpoint",
+		[]mesh.Node{listening("a", 1, 1, "10.244.9.9:51820"), podHolder("b", 2, 2, "10.244.9.9/32")},
+		[]string{"exempt: 10.244.9.9", "b: 10.244.9.9/32 refused: the endpoint 10.244.9.9:51820 of a lies inside it"},
+	},
 	{"the bridge's address is no exemption", []mesh.Node{func() mesh.Node {
 		m := holder("a", 1, 1, "10.244.1.0/24")
 		m.Addresses = addrs("10.244.1.1", "10.244.77.1", "192.0.2.1")

@@ -89,11 +89,19 @@ func planTests(a, b mesh.Node) []planTest {
 		{"node addresses inside clusterCIDRs", mesh.Facts{
 			Settings: settings("10.0.0.0/16"), Self: flat, Nodes: []mesh.Node{flatter}, LocalPods: addrs("10.0.7.1"),
 		}, shared, nil},
-		{"a tunnel address is of a prefix that peers can allow", mesh.Facts{Settings: v4, Self: stray},
-			alone, []string{"a: 192.168.0.0/24 refused: not inside clusterCIDRs"}},
+		{
+			"a tunnel address is of a prefix that peers can allow",
+			mesh.Facts{Settings: v4, Self: stray},
+			alone,
+			[]string{"a: 192.168.0.0/24 refused: not inside clusterCIDRs"},
+		},
 		// Else c could have the whole mesh send in the clear to b's pod.
-		{"node address in another's prefix", mesh.Facts{Settings: v4, Self: a, Nodes: []mesh.Node{b, liar}},
-			withC, []string{"c: address 10.244.2.9 refused: it lies inside 10.244.2.0/24, which b has held longer"}},
+		{
+			"node address in another's prefix",
+			mesh.Facts{Settings: v4, Self: a, Nodes: []mesh.Node{b, liar}},
+			withC,
+			[]string{"c: address 10.244.2.9 refused: it lies inside 10.244.2.0/24, which b has held longer"},
+		},
 		{"a local pod in the own prefix that another claims", mesh.Facts{
 			Settings: v4, Self: a, Nodes: []mesh.Node{b, thief}, LocalPods: addrs("10.244.1.7"),
 		}, withC, nil},

@@ -37,6 +37,6 @@ func HelperAlive(runDir string) bool {
 	if err != nil {
 		return false
 	}
-	defer f.Close() //nolint:errcheck // releases what was not needed
+	defer f.Close()
 	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
 }

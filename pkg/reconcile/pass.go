@@ -128,7 +128,7 @@ func (p Pass) Run(ctx context.Context) (Outcome, error) {
 	_, others := mesh.Split(o.Ops)
 	err = p.Kernel.Apply(others)
 	if err == nil || errors.Is(err, kernel.ErrNoWireGuard) {
-		err = errors.Join(err, p.recordApplied(ctx, o))
+		err = errors.Join(err, p.recordApplied(ctx))
 	}
 	return o, err
 }
@@ -153,7 +153,7 @@ func (p Pass) applyLocal(ctx context.Context, o *Outcome) (err error) {
 }
 
 // recordApplied lets the plugin's verbs take the short way from now on.
-func (p Pass) recordApplied(ctx context.Context, o Outcome) error {
+func (p Pass) recordApplied(ctx context.Context) error {
 	st, err := store.OpenAttachments(ctx, p.Config.RunDir)
 	if err != nil {
 		return err

@@ -104,7 +104,7 @@ func watchStore(ctx context.Context, runDir string, log *slog.Logger) <-chan str
 		return changed
 	}
 	go func() {
-		defer w.Close() //nolint:errcheck // nothing depends on it
+		defer w.Close()
 		for {
 			select {
 			case e := <-w.Events:

@@ -84,7 +84,7 @@ func putRaw(t *testing.T, path, key, value string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer db.Close() //nolint:errcheck // a test's
+	defer db.Close()
 	err = db.Update(func(tx *bolt.Tx) error {
 		return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return b.Put([]byte(key), []byte(value)) })
 	})
@@ -133,7 +133,7 @@ func putAttachment(t *testing.T, path, key, value string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer db.Close() //nolint:errcheck // a test's
+	defer db.Close()
 	err = db.Update(func(tx *bolt.Tx) error { return tx.Bucket(attachmentsBucket).Put([]byte(key), []byte(value)) })
 	if err != nil {
 		t.Fatal(err)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 )
 
@@ -77,7 +78,7 @@ func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
 		// each opening in a goroutine of its own (DB.freepages), where a damaged
 		// page kills the whole process and guarded is of no help.
 		db, err := bolt.Open(f.path, 0o600, &bolt.Options{Timeout: timeout, FreelistType: bolt.FreelistMapType})
-		if errors.Is(err, bolt.ErrTimeout) {
+		if errors.Is(err, berrors.ErrTimeout) {
 			return ErrLocked
 		}
 		if err != nil {
@@ -138,7 +139,7 @@ func (f *file) close() error {
 var errDamage = errors.New("damaged")
 
 func isDamage(err error) bool {
-	for _, e := range []error{errDamage, bolt.ErrInvalid, bolt.ErrChecksum, bolt.ErrVersionMismatch} {
+	for _, e := range []error{errDamage, berrors.ErrInvalid, berrors.ErrChecksum, berrors.ErrVersionMismatch} {
 		if errors.Is(err, e) {
 			return true
 		}

@@ -97,7 +97,7 @@ func TestSaveKnownWritesChangesOnly(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer db.Close() //nolint:errcheck // a test's
+		defer db.Close()
 		if err := db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucket).Put([]byte(key), []byte(value)) }); err != nil {
 			t.Fatal(err)
 		}
@@ -107,7 +107,7 @@ func TestSaveKnownWritesChangesOnly(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer db.Close() //nolint:errcheck // a test's
+		defer db.Close()
 		_ = db.View(func(tx *bolt.Tx) error { v = string(tx.Bucket(bucket).Get([]byte(key))); return nil })
 		return v
 	}

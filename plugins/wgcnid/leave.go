@@ -76,7 +76,7 @@ func leave(ctx context.Context, c config.Config, force bool, log *slog.Logger) e
 	if err != nil {
 		return err
 	}
-	defer lock.Close() //nolint:errcheck // releases the lock
+	defer lock.Close()
 	return teardown(ctx, c, k, log)
 }
 

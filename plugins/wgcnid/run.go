@@ -58,7 +58,7 @@ func run(ctx context.Context, o options, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	defer lock.Close() //nolint:errcheck // releases the lock
+	defer lock.Close()
 	k, err := openKernel(c)
 	if err != nil {
 		return err
@@ -88,7 +88,7 @@ func tunnelCommand() *cobra.Command {
 		Short:  "Be a userspace WireGuard interface",
 		Hidden: true,
 		Args:   cobra.ExactArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: func(_ *cobra.Command, args []string) error {
 			mtu, err := strconv.Atoi(args[1])
 			if err != nil {
 				return fmt.Errorf("MTU %q: %w", args[1], err)

@@ -64,8 +64,8 @@ type Status struct {
 	Node       string          `json:"node"`
 	PublicKey  string          `json:"publicKey,omitempty"`
 	Encryption mesh.Encryption `json:"encryption"`
-	Verdict    string          `json:"verdict"` // one sentence
-	OK         bool            `json:"ok"`      // the kernel holds the plan, tunnel included
+	Verdict    string          `json:"verdict"`   // one sentence
+	OK         bool            `json:"ok"`        // the kernel holds the plan, tunnel included
 	Interface  *LinkStatus     `json:"interface"` // null: there is none
 	Helper     bool            `json:"helperRunning"`
 	Registry   string          `json:"registry"`

@@ -30,7 +30,7 @@ plan. While wgcnid runs, sync leaves the registry to it and looks at the kernel 
 				}
 				alone = false
 			} else {
-				defer lock.Close() //nolint:errcheck // releases the lock
+				defer lock.Close()
 			}
 			k, err := openKernel(c)
 			if err != nil {

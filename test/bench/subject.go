@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
@@ -82,11 +83,8 @@ func (s *subject) prepare(ctx context.Context) error {
 	return err
 }
 
-func (s *subject) timeADD(ctx context.Context) error {
-	if err := s.prepare(ctx); err != nil {
-		return err
-	}
-	t, err := s.time(ctx, "ADD", s.pod.Raw)
+func (s *subject) timeADD() error {
+	t, err := s.time("ADD", s.pod.Raw)
 	if err != nil {
 		return err
 	}
@@ -98,8 +96,8 @@ func (s *subject) timeADD(ctx context.Context) error {
 	return nil
 }
 
-func (s *subject) timeDEL(ctx context.Context) error {
-	t, err := s.time(ctx, "DEL", s.result)
+func (s *subject) timeDEL() error {
+	t, err := s.time("DEL", s.result)
 	if err != nil {
 		return err
 	}
@@ -107,12 +105,9 @@ func (s *subject) timeDEL(ctx context.Context) error {
 	return nil
 }
 
-func (s *subject) time(ctx context.Context, command, prevResult string) (timing, error) {
+func (s *subject) time(command, prevResult string) (timing, error) {
 	e, err := s.verb(command, prevResult)
 	if err != nil {
-		return timing{}, err
-	}
-	if err := s.host.settle(ctx); err != nil {
 		return timing{}, err
 	}
 	t, err := s.host.timer.time(e)
@@ -125,11 +120,36 @@ func (s *subject) time(ctx context.Context, command, prevResult string) (timing,
 // round times one ADD and one DEL of every subject, each time in another order,
 // so that none always runs behind the same other one.
 func round(ctx context.Context, subjects []*subject) error {
-	for _, verb := range []func(*subject, context.Context) error{(*subject).timeADD, (*subject).timeDEL} {
-		for _, i := range rand.Perm(len(subjects)) {
-			if err := verb(subjects[i], ctx); err != nil {
-				return err
-			}
+	for _, i := range rand.Perm(len(subjects)) {
+		s := subjects[i]
+		if err := errors.Join(s.prepare(ctx), settle(ctx, subjects)); err != nil {
+			return err
+		}
+		if err := s.timeADD(); err != nil {
+			return err
+		}
+	}
+	for _, i := range rand.Perm(len(subjects)) {
+		if err := settle(ctx, subjects); err != nil {
+			return err
+		}
+		if err := subjects[i].timeDEL(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// settle waits for the helpers of all nodes: they share this machine.
+func settle(ctx context.Context, subjects []*subject) error {
+	done := map[*host]bool{}
+	for _, s := range subjects {
+		if done[s.host] {
+			continue
+		}
+		done[s.host] = true
+		if err := s.host.settle(ctx); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -32,7 +32,9 @@ var (
 // linkOps make the interface ready for peers and routes.
 func linkOps() []mesh.Op {
 	return []mesh.Op{
-		mesh.AddLink{Name: "wg0", MTU: 1420}, mesh.ConfigureLink{Link: link}, mesh.SetLink{Name: "wg0", MTU: 1420},
+		mesh.AddLink{Name: "wg0", MTU: 1420},
+		mesh.ConfigureLink{Link: link},
+		mesh.SetLink{Name: "wg0", MTU: 1420},
 		mesh.AddAddress{Link: "wg0", Prefix: source},
 	}
 }
@@ -61,8 +63,12 @@ func TestApplyRefuses(t *testing.T) {
 		want string // the end of the error's text; "" for none
 	}{
 		{"absent things may be removed", []mesh.Op{
-			mesh.RemoveRule{Rule: rule}, mesh.RemoveRoute{Route: via}, mesh.RemovePeer{Link: "wg0", PublicKey: keyA},
-			mesh.RemoveAddress{Link: "wg0", Prefix: source}, mesh.RemoveLink{Name: "wg0"}, mesh.RemoveFilter{},
+			mesh.RemoveRule{Rule: rule},
+			mesh.RemoveRoute{Route: via},
+			mesh.RemovePeer{Link: "wg0", PublicKey: keyA},
+			mesh.RemoveAddress{Link: "wg0", Prefix: source},
+			mesh.RemoveLink{Name: "wg0"},
+			mesh.RemoveFilter{},
 		}, ""},
 		{"twice is once", append(linkOps(), append(linkOps(), mesh.AddRule{Rule: rule}, mesh.AddRule{Rule: rule})...), ""},
 		{"configure", []mesh.Op{mesh.ConfigureLink{Link: link}}, "no such device"},

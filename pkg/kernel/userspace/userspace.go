@@ -46,12 +46,12 @@ func Start(name string, mtu int, logFile string) error {
 	if err != nil {
 		return err
 	}
-	defer out.Close() //nolint:errcheck // the child has its own
+	defer out.Close()
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	defer r.Close() //nolint:errcheck // read only
+	defer r.Close()
 	// By /proc, since the file may have been replaced by a newer version.
 	cmd := exec.Command("/proc/self/exe", Command, name, strconv.Itoa(mtu))
 	cmd.Args[0] = "wgcnid"
@@ -106,7 +106,7 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 	if err != nil {
 		return fmt.Errorf("listen on the control socket of %s: %w", name, err)
 	}
-	defer listener.Close() //nolint:errcheck // on the way out
+	defer listener.Close()
 	go func() {
 		for {
 			c, err := listener.Accept()
