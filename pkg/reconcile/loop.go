@@ -73,6 +73,7 @@ type Loop struct {
 	moved     map[wgtypes.Key]bool
 	joined    bool             // our record was in the registry at some time of this run
 	failing   string           // what the last pass failed with
+	refused   map[string]bool  // records that were refused in the last snapshot, and why
 	rival     bool             // somebody else publishes under our name
 	pods      []netip.Addr     // attached to this node, as of the last pass
 	published *registry.Record // what was published since the registry's last word
@@ -236,14 +237,21 @@ func (l *Loop) hear(u registry.Update) {
 		l.away = nil
 	}
 	merged, stale := registry.Merge(l.known.Records, u.Snapshot)
+	refused := map[string]bool{}
 	for _, s := range stale {
 		if s.Name != l.config.NodeName {
-			l.Log.Warn("record refused", "error", s)
+			refused[s.Error()] = true
 		}
 	}
 	for name, err := range u.Snapshot.Invalid {
-		l.Log.Warn("record refused", "node", name, "error", err)
+		refused[name+": "+err.Error()] = true
 	}
+	for why := range refused {
+		if !l.refused[why] { // else it would be said again at each change of the registry
+			l.Log.Warn("record refused", "error", why)
+		}
+	}
+	l.refused = refused
 	l.known.Records, l.fresh, l.published = merged, &u.Snapshot, nil
 }
 
