@@ -36,7 +36,7 @@ func seed(t *testing.T) uint64 {
 // laws that watch.check states.
 func TestLaws(t *testing.T) {
 	s := seed(t)
-	for walk := range uint64(12) {
+	for walk := range uint64(8) {
 		rng := rand.New(rand.NewPCG(s, walk))
 		w, k := newWorld(rng), newKernel(mesh.State{})
 		before, pods := mesh.State{}, []netip.Addr(nil)

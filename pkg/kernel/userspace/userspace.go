@@ -116,6 +116,11 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 			go wg.IpcHandle(c)
 		}
 	}()
+	// Up from the start: else it would take its port only when the interface comes
+	// up, by itself, and that the port is taken would be told to nobody.
+	if err := wg.Up(); err != nil {
+		return fmt.Errorf("start WireGuard on %s: %w", name, err)
+	}
 	tellReady()
 	select {
 	case <-wg.Wait():
