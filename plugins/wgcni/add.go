@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/ns"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -41,6 +42,9 @@ func add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	if err := notOwnNetns(args); err != nil {
+		return err
+	}
 	link, err := kernel.OpenPodLink(args.Netns, args.IfName)
 	if err != nil {
 		return err
@@ -62,6 +66,22 @@ func add(args *skel.CmdArgs) error {
 		}
 	}
 	return types.PrintResult(result, conf.CNIVersion)
+}
+
+// notOwnNetns refuses the namespace that we run in. skel asks too, but after
+// ADD: the pod would be recorded by then, and an interface of the node's own changed.
+func notOwnNetns(args *skel.CmdArgs) error {
+	if override := args.NetnsOverride; override == "1" || strings.EqualFold(override, "true") {
+		return nil
+	}
+	own, err := ns.CheckNetNS(args.Netns)
+	switch {
+	case err != nil: // a *types.Error, which must not become a non-nil error unseen
+		return faultf(err.Code, err.Details, errors.New(err.Msg))
+	case own:
+		return faultf(types.ErrInvalidNetNS, "give the pod a network namespace of its own", fmt.Errorf("netns %s is the node's own", args.Netns))
+	}
+	return nil
 }
 
 // attach stores the attachment and applies what follows from it. It returns the

@@ -31,7 +31,7 @@ type host struct {
 	*cluster.Node
 	bin    string
 	timer  *timer
-	helper int            // process number
+	helper []int          // wgcnid's processes: the helper, and a userspace tunnel
 	stanza map[string]any // of wgcni
 }
 
@@ -55,13 +55,13 @@ func newHost(ctx context.Context, c *cluster.Cluster, n *cluster.Node, peers int
 	if err := h.awaitPeers(ctx, peers); err != nil {
 		return nil, fmt.Errorf("%w; log of wgcnid:\n%.4000s", err, process.Log)
 	}
-	found, err := n.FindProcesses("wgcnid run")
+	found, err := n.FindProcesses("wgcnid")
 	for _, p := range found {
-		if p.Args[0] != "nsenter" {
-			h.helper = p.HostPID
+		if filepath.Base(p.Args[0]) == "wgcnid" { // and not nsenter
+			h.helper = append(h.helper, p.HostPID)
 		}
 	}
-	if err != nil || h.helper == 0 {
+	if err != nil || len(h.helper) == 0 {
 		return nil, errors.Join(err, fmt.Errorf("find wgcnid on %s: no such process", n))
 	}
 	h.timer, err = startTimer(ctx, n)
@@ -122,26 +122,41 @@ func (h *host) awaitPeers(ctx context.Context, peers int) error {
 // idle is how much wgcnid may run between two looks and still count as idle.
 const idle = 200 * time.Microsecond
 
-// settle waits until wgcnid has done what the last verb woke it for, so that
-// the next plugin to be timed does not share the CPUs with it.
-func (h *host) settle(ctx context.Context) error {
-	var last time.Duration
+// settle waits until wgcnid has done on all hosts what the last verb woke it
+// for, so that the next plugin to be timed does not share the CPUs with it.
+func settle(ctx context.Context, hosts []*host) error {
+	last := make([]time.Duration, len(hosts))
 	quiet := 0
-	return cluster.Poll(ctx, "wgcnid on "+h.Name+" to be idle", func() error {
-		now, err := cpuTime(h.helper)
-		if err != nil {
-			return err
-		}
+	return cluster.Poll(ctx, "wgcnid to be idle", func() error {
 		quiet++
-		if now-last > idle {
-			quiet = 0
+		busy := ""
+		for i, h := range hosts {
+			now, err := h.helperCPU()
+			if err != nil {
+				return err
+			}
+			if now-last[i] > idle {
+				quiet, busy = 0, h.Name
+			}
+			last[i] = now
 		}
-		last = now
 		if quiet < 2 { // Poll pauses as long as wgcnid lets events gather
-			return fmt.Errorf("it has run for %s", now)
+			return fmt.Errorf("it was not long enough so; busy on %q", busy)
 		}
 		return nil
 	})
+}
+
+// helperCPU is what wgcnid has run for since its start.
+func (h *host) helperCPU() (sum time.Duration, err error) {
+	for _, pid := range h.helper {
+		t, err := cpuTime(pid)
+		if err != nil {
+			return 0, fmt.Errorf("wgcnid on %s: %w", h, err)
+		}
+		sum += t
+	}
+	return sum, nil
 }
 
 // cpuTime sums what the threads of a process have run, to the nanosecond

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
+	"syscall"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
@@ -25,6 +27,7 @@ type subject struct {
 	pod      *cluster.Pod
 	result   string // of the last ADD: the prevResult of DEL
 	add, del verb
+	helper   samples // CPU time of wgcnid during and after each verb, in seconds
 }
 
 // wgcni is a subject with wgcni on a pod of one of the host's networks.
@@ -32,14 +35,16 @@ func (h *host) wgcni(name, network string) *subject {
 	return &subject{name: name, host: h, plugin: "wgcni", stanza: h.stanza, network: network}
 }
 
-// podName is short: an interface's name is made of it by nobody, a person reads it.
-func podName(i int) string { return fmt.Sprintf("timed-%d", i) }
+// tuning is the reference plugin that the budgets refer to.
+func (h *host) tuning() *subject {
+	return &subject{name: baseline, host: h, plugin: "tuning", stanza: map[string]any{"mtu": 1400}, network: insideNetwork}
+}
 
 // makePods makes the pods of the subjects by the primary plugin alone.
 func makePods(ctx context.Context, subjects []*subject) error {
 	for i, s := range subjects {
 		var err error
-		if s.pod, err = s.host.AddPod(ctx, s.network, podName(i), cluster.PodOptions{}); err != nil {
+		if s.pod, err = s.host.AddPod(ctx, s.network, fmt.Sprintf("timed-%d", i), cluster.PodOptions{}); err != nil {
 			return err
 		}
 	}
@@ -120,39 +125,50 @@ func (s *subject) time(command, prevResult string) (timing, error) {
 // round times one ADD and one DEL of every subject, each time in another order,
 // so that none always runs behind the same other one.
 func round(ctx context.Context, subjects []*subject) error {
-	for _, i := range rand.Perm(len(subjects)) {
-		s := subjects[i]
-		if err := errors.Join(s.prepare(ctx), settle(ctx, subjects)); err != nil {
-			return err
-		}
-		if err := s.timeADD(); err != nil {
+	for _, s := range subjects {
+		if err := s.prepare(ctx); err != nil {
 			return err
 		}
 	}
-	for _, i := range rand.Perm(len(subjects)) {
-		if err := settle(ctx, subjects); err != nil {
-			return err
-		}
-		if err := subjects[i].timeDEL(); err != nil {
-			return err
+	hosts := hostsOf(subjects)
+	if err := settle(ctx, hosts); err != nil {
+		return err
+	}
+	for _, verb := range []func(*subject) error{(*subject).timeADD, (*subject).timeDEL} {
+		for _, i := range rand.Perm(len(subjects)) {
+			s := subjects[i]
+			before, err := s.host.helperCPU()
+			if err != nil {
+				return err
+			}
+			for _, p := range s.host.helper[:1] {
+				_ = syscall.Kill(p, syscall.SIGSTOP)
+			}
+			verr := verb(s)
+			for _, p := range s.host.helper[:1] {
+				_ = syscall.Kill(p, syscall.SIGCONT)
+			}
+			if err := errors.Join(verr, settle(ctx, hosts)); err != nil {
+				return err
+			}
+			after, err := s.host.helperCPU()
+			if err != nil {
+				return err
+			}
+			s.helper = append(s.helper, (after - before).Seconds())
 		}
 	}
 	return nil
 }
 
-// settle waits for the helpers of all nodes: they share this machine.
-func settle(ctx context.Context, subjects []*subject) error {
-	done := map[*host]bool{}
+func hostsOf(subjects []*subject) []*host {
+	var hosts []*host
 	for _, s := range subjects {
-		if done[s.host] {
-			continue
-		}
-		done[s.host] = true
-		if err := s.host.settle(ctx); err != nil {
-			return err
+		if !slices.Contains(hosts, s.host) {
+			hosts = append(hosts, s.host)
 		}
 	}
-	return nil
+	return hosts
 }
 
 // warmUp is one round that does not count: files come into the cache, plugins
@@ -162,7 +178,7 @@ func warmUp(ctx context.Context, subjects []*subject) error {
 		return err
 	}
 	for _, s := range subjects {
-		s.add, s.del = verb{}, verb{}
+		s.add, s.del, s.helper = verb{}, verb{}, nil
 	}
 	return nil
 }

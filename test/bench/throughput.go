@@ -48,7 +48,7 @@ func benchThroughput(ctx context.Context, b *bench) ([]section, error) {
 	if err := byHand.setUpByHand(ctx, ours); err != nil {
 		return nil, err
 	}
-	rounds := b.rounds(5, 2)
+	rounds := b.rounds(4, 2)
 	if err := measureRounds(ctx, b, wires, rounds, "unshaped", func(w *wire) *samples { return &w.unshaped }); err != nil {
 		return nil, err
 	}

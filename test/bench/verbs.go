@@ -10,7 +10,7 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-// baseline is the subject that the budgets refer to.
+// The subjects that the budgets refer to.
 const (
 	baseline = "tuning, MTU 1400"
 	idlePort = "portmap, no mapping"
@@ -26,7 +26,7 @@ func chained(h *host) []*subject {
 	}
 	rate := map[string]any{"ingressRate": 1e8, "ingressBurst": 1e7, "egressRate": 1e8, "egressBurst": 1e7}
 	subjects := []*subject{
-		{name: baseline, plugin: "tuning", stanza: map[string]any{"mtu": 1400}},
+		h.tuning(),
 		{name: idlePort, plugin: "portmap", stanza: map[string]any{"capabilities": mappings["capabilities"]}},
 		{name: "portmap, one mapping", plugin: "portmap", stanza: mappings},
 		{name: "bandwidth", plugin: "bandwidth", stanza: rate, fresh: true}, // DEL leaves a qdisc
@@ -95,7 +95,7 @@ func benchVerbs(ctx context.Context, b *bench) ([]section, error) {
 	if err := warmUp(ctx, subjects); err != nil {
 		return nil, err
 	}
-	rounds := b.rounds(60, 10)
+	rounds := b.rounds(50, 10)
 	for i := range rounds {
 		b.progress("ADD and DEL: round %d of %d", i+1, rounds)
 		if err := round(ctx, subjects); err != nil {
@@ -109,9 +109,18 @@ func benchVerbs(ctx context.Context, b *bench) ([]section, error) {
 			p.cost.take(t)
 		}
 	}
-	verbs := verbSection(subjects)
-	verbs.title = fmt.Sprintf("ADD and DEL, whole process, %d rounds", rounds)
-	return []section{verbs, startSection(programs, subjects)}, h.timer.close()
+	table := verbSection(subjects)
+	table.title = fmt.Sprintf("ADD and DEL, whole process, %d rounds", rounds)
+	return []section{table, startSection(programs, subjects)}, h.timer.close()
+}
+
+// verbs are those that are timed.
+var verbs = []struct {
+	name string
+	of   func(*subject) verb
+}{
+	{"ADD", func(x *subject) verb { return x.add }},
+	{"DEL", func(x *subject) verb { return x.del }},
 }
 
 func verbSection(subjects []*subject) section {
@@ -120,13 +129,7 @@ func verbSection(subjects []*subject) section {
 	for _, x := range subjects {
 		named[x.name] = x
 	}
-	for _, v := range []struct {
-		name string
-		of   func(*subject) verb
-	}{
-		{"ADD", func(x *subject) verb { return x.add }},
-		{"DEL", func(x *subject) verb { return x.del }},
-	} {
+	for _, v := range verbs {
 		for _, x := range subjects {
 			limit := budget{}
 			if x.plugin == "wgcni" {

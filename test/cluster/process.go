@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -132,6 +133,9 @@ func (p *Process) Kill() error {
 func onlyChild(pid int) (int, error) {
 	file := fmt.Sprintf("/proc/%d/task/%d/children", pid, pid)
 	b, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return searchChild(pid)
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -140,6 +144,22 @@ func onlyChild(pid int) (int, error) {
 		return 0, fmt.Errorf("%s is empty", file)
 	}
 	return strconv.Atoi(children[0])
+}
+
+// searchChild is for kernels without CONFIG_PROC_CHILDREN.
+func searchChild(parent int) (int, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/status")
+	if err != nil {
+		return 0, err
+	}
+	want := fmt.Sprintf("\nPPid:\t%d\n", parent)
+	for _, file := range files {
+		// Processes come and go while we look.
+		if b, err := os.ReadFile(file); err == nil && strings.Contains(string(b), want) {
+			return strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		}
+	}
+	return 0, fmt.Errorf("process %d has no child", parent)
 }
 
 // ProcessInfo is a process found inside a machine.
