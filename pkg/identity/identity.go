@@ -36,7 +36,9 @@ func conceal(key wgtypes.Key) PrivateKey {
 // Format serves every verb: %d and %x would else print the bytes.
 func (PrivateKey) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, hidden) }
 
-func (PrivateKey) String() string               { return hidden }
+func (PrivateKey) String() string { return hidden }
+
+// MarshalText serves JSON and slog.
 func (PrivateKey) MarshalText() ([]byte, error) { return []byte(hidden), nil }
 
 // Public is the key that others may know.

@@ -107,7 +107,7 @@ func TestHidden(t *testing.T) {
 	values := []any{k, &k, exported{k}, &exported{k}, unexported{k}, []PrivateKey{k}, map[string]PrivateKey{"key": k}, any(k), fmt.Errorf("key %v", k)}
 	verbs := []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%o", "%b", "%c", "%U", "% x", "%#x", "%10v", "%t", "%g"}
 
-	decimal := strings.Trim(fmt.Sprint(raw[:4]), "[]") // 96 9 237 225
+	decimal := strings.Trim(fmt.Sprintf("%d", raw[:4]), "[]") // 96 9 237 225
 	secrets := []string{wgGenkey, wgGenkey[:12], hex.EncodeToString(raw[:]), hex.EncodeToString(raw[:4]), decimal, "0x60, 0x9"}
 	check := func(how, text string) {
 		t.Helper()

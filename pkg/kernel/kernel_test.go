@@ -300,7 +300,8 @@ func TestWatch(t *testing.T) {
 	sh(t, "ip link del up0")
 	expect("link", "ip link del wgcni0", ours)
 	cancel()
-	for range events { //nolint:revive // until it is closed
+	for range events { // until it is closed
+		continue
 	}
 }
 

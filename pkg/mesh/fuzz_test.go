@@ -4,6 +4,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -113,7 +114,7 @@ func FuzzOwners(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c := cursor(b)
 		facts := c.facts()
-		nodes := append(facts.Nodes, facts.Self)
+		nodes := append(slices.Clone(facts.Nodes), facts.Self)
 		want := mesh.Owners(nodes, facts.ClusterCIDRs)
 		rng := rand.New(rand.NewPCG(uint64(len(b)), 1))
 		for range 3 {

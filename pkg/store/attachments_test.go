@@ -237,7 +237,7 @@ func TestLockDeadline(t *testing.T) {
 func TestWaiterGetsTheLock(t *testing.T) {
 	dir := t.TempDir()
 	opened := make(chan error, 1)
-	with(t, dir, func(s *Attachments) {
+	with(t, dir, func(*Attachments) {
 		go func() {
 			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 			defer cancel()

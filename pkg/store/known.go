@@ -55,7 +55,7 @@ func LoadKnown(ctx context.Context, stateDir string) (k Known, damaged *Damaged,
 	if err != nil {
 		return Known{}, nil, err
 	}
-	defer f.close()
+	defer func() { _ = f.close() }() // nothing was written
 	k = Known{Records: registry.NewSnapshot(), Endpoints: map[string]netip.AddrPort{}}
 	err = guarded(func() error {
 		return f.db.View(func(tx *bolt.Tx) error {

@@ -217,7 +217,7 @@ func sendFrame(ifindex int, frame []byte) error {
 	if err != nil {
 		return fmt.Errorf("open packet socket: %w", err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	if err := unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: ifindex}); err != nil {
 		return fmt.Errorf("send a frame: %w", err)
 	}

@@ -137,7 +137,7 @@ func (c *Cluster) Node(name string) *Node {
 func (c *Cluster) Close() error {
 	var errs []error
 	for _, n := range c.Nodes {
-		errs = append(errs, n.Machine.Close())
+		errs = append(errs, n.Close())
 	}
 	if c.Underlay != nil {
 		errs = append(errs, c.Underlay.Close())

@@ -237,7 +237,7 @@ func TestDo(t *testing.T) {
 	if err := m.Do(func() error { runtime.Goexit(); return nil }); !errors.Is(err, errGoexit) {
 		t.Error(err)
 	}
-	inner := func() error { return m.Do(func() error { return loopbackUp() }) }
+	inner := func() error { return m.Do(loopbackUp) }
 	if err := m.Do(inner); err != nil {
 		t.Error(err)
 	}

@@ -3,6 +3,7 @@ package cluster
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -151,7 +152,7 @@ func TestKilledHarnessLeavesNothing(t *testing.T) {
 			return fmt.Errorf("namespaces in use: %v", left)
 		}
 		if _, err := os.Stat(dir); !os.IsNotExist(err) {
-			return fmt.Errorf("%s: %v", dir, err)
+			return errors.Join(fmt.Errorf("%s is still there", dir), err)
 		}
 		if after := hostState(t); after != before {
 			return fmt.Errorf("host before:\n%s\nafter:\n%s", before, after)

@@ -257,7 +257,7 @@ func (m *Machine) kill(hostPID int) error {
 	if err != nil {
 		return err
 	}
-	defer p.Release()
+	defer func() { _ = p.Release() }()
 	ns, err := os.Readlink(pidNS(m.PID()))
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
@@ -271,7 +272,7 @@ func TestPlaintextFromANodeThatHasNotJoined(t *testing.T) {
 			startHelper(t, joined)
 			err := cluster.Poll(t.Context(), "node-a to be ready", func() error {
 				if s, err := joined.Status(t.Context()); err != nil || !s.OK {
-					return fmt.Errorf("%s %v", s.Verdict, err)
+					return errors.Join(errors.New(s.Verdict), err)
 				}
 				return nil
 			})

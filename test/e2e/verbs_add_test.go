@@ -44,16 +44,15 @@ func guards(t *testing.T, n *cluster.Node, address string) (set, throw bool) {
 	return set, throw
 }
 
-func linkMTU(t *testing.T, run func(name string, args ...string) string, link string) (mtu int, peer string) {
+func linkMTU(t *testing.T, run func(name string, args ...string) string, link string) int {
 	t.Helper()
 	var links []struct {
-		MTU    int    `json:"mtu"`
-		IfName string `json:"ifname"`
+		MTU int `json:"mtu"`
 	}
 	if err := json.Unmarshal([]byte(run("ip", "-json", "link", "show", link)), &links); err != nil || len(links) != 1 {
 		t.Fatal(err)
 	}
-	return links[0].MTU, links[0].IfName
+	return links[0].MTU
 }
 
 func TestADD(t *testing.T) {
@@ -71,8 +70,8 @@ func TestADD(t *testing.T) {
 	t.Run("MTU", func(t *testing.T) {
 		p := addPod(t, a, cluster.NetworkName, "mtu", cluster.PodOptions{})
 		defer deletePod(t, p)
-		tunnel, _ := linkMTU(t, func(s string, args ...string) string { return mustRun(t, a, s, args...) }, "wgcni0")
-		pod, _ := linkMTU(t, func(s string, args ...string) string {
+		tunnel := linkMTU(t, func(s string, args ...string) string { return mustRun(t, a, s, args...) }, "wgcni0")
+		pod := linkMTU(t, func(s string, args ...string) string {
 			out, err := p.Run(t.Context(), s, args...)
 			if err != nil {
 				t.Fatal(err)
@@ -86,7 +85,7 @@ func TestADD(t *testing.T) {
 			case i.Sandbox != "":
 				result = i.MTU
 			case strings.HasPrefix(i.Name, "veth"):
-				host, _ = linkMTU(t, func(s string, args ...string) string { return mustRun(t, a, s, args...) }, i.Name)
+				host = linkMTU(t, func(s string, args ...string) string { return mustRun(t, a, s, args...) }, i.Name)
 			}
 		}
 		// An IPv6 underlay takes 80 bytes of 1500 (cilium#23917).

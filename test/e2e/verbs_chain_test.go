@@ -140,7 +140,7 @@ func TestBesideOtherPlugins(t *testing.T) {
 		if out, err := pod.Run(t.Context(), "cat", "/proc/sys/net/ipv4/conf/eth0/log_martians"); err != nil || strings.TrimSpace(out) != "1" {
 			t.Errorf("%s: tuning has not done its part: %q, %v", pod, out, err)
 		}
-		mtu, _ := linkMTU(t, func(s string, args ...string) string {
+		mtu := linkMTU(t, func(s string, args ...string) string {
 			out, err := pod.Run(t.Context(), s, args...)
 			if err != nil {
 				t.Fatal(err)
@@ -222,7 +222,7 @@ func TestKeyIsNowhere(t *testing.T) {
 		helperDown(t, h)
 		said.WriteString(h.Log.String())
 	}
-	secrets := []string{key, key[:20], string(raw), hex.EncodeToString(raw), strings.Trim(fmt.Sprint(raw[:6]), "[]")}
+	secrets := []string{key, key[:20], string(raw), hex.EncodeToString(raw), strings.Trim(fmt.Sprintf("%d", raw[:6]), "[]")}
 	hides := func(where, text string) {
 		t.Helper()
 		for _, s := range secrets {

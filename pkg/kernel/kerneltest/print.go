@@ -85,7 +85,7 @@ func (k *Kernel) peer(p mesh.Peer) string {
 
 // route prints as ip(8) does, with the device behind the prefix.
 func (k *Kernel) route(r route) string {
-	s := r.Route.String()
+	s := r.String()
 	if r.dev != "" {
 		prefix, rest, _ := strings.Cut(s, " ")
 		s = prefix + " dev " + r.dev + " " + rest

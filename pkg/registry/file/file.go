@@ -213,7 +213,7 @@ func (r *Registry) open() (*os.File, fs.FileInfo, error) {
 	}
 	info, err := f.Stat()
 	if err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, nil, fmt.Errorf("registry file: %w", err)
 	}
 	return f, info, nil
@@ -246,7 +246,7 @@ func (r *Registry) replace(data []byte) error {
 	if err != nil {
 		return fmt.Errorf("write registry file %s: %w", r.path, err)
 	}
-	defer f.Cleanup()
+	defer func() { _ = f.Cleanup() }()
 	if _, err := f.Write(data); err != nil {
 		return fmt.Errorf("write registry file %s: %w", r.path, err)
 	}
@@ -303,7 +303,7 @@ func (r *Registry) removeLeftovers() {
 		// renameio's names: a dot, the base name, a random number.
 		digits, ours := strings.CutPrefix(e.Name(), "."+base)
 		if ours && digits != "" && strings.Trim(digits, "0123456789") == "" && e.Type().IsRegular() {
-			os.Remove(filepath.Join(folder, e.Name()))
+			_ = os.Remove(filepath.Join(folder, e.Name()))
 		}
 	}
 }

@@ -55,11 +55,11 @@ func (r *Registry) tryLock() (*os.File, error) {
 		return nil, err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, err
 	}
 	if !current(f, r.lockPath()) {
-		f.Close()
+		_ = f.Close()
 		return nil, unix.EWOULDBLOCK
 	}
 	return f, nil
@@ -80,7 +80,7 @@ func current(f *os.File, path string) bool {
 // that fails costs no more than that.
 func (r *Registry) mark(lock *os.File) {
 	if info, err := lock.Stat(); err == nil && info.Size() == 0 {
-		lock.WriteString(lockText)
+		_, _ = lock.WriteString(lockText)
 	}
 }
 

@@ -69,7 +69,7 @@ func (w *watch) run(ctx context.Context, out chan<- registry.Update) {
 			case event.Name == w.r.path || event.Name == w.folder:
 				w.read()
 			}
-		case <-failures: // such as an overflow, which lost events
+		case _ = <-failures: // such as an overflow, which lost events
 			w.read()
 		case <-ticker.C:
 			w.poll()
@@ -87,7 +87,7 @@ func same(a, b registry.Update) bool {
 
 func (w *watch) close() {
 	if w.notify != nil {
-		w.notify.Close()
+		_ = w.notify.Close()
 	}
 	w.notify, w.watched = nil, nil
 }
@@ -128,7 +128,7 @@ func (w *watch) poll() {
 	w.watchFolder()
 	f, info, err := w.r.open()
 	if err == nil {
-		f.Close()
+		_ = f.Close()
 	}
 	same := sameFile(info, w.info)
 	if same && w.settled {
