@@ -111,7 +111,7 @@ func watchStore(ctx context.Context, runDir string, log *slog.Logger) <-chan str
 				if filepath.Base(e.Name) == filepath.Base(path) && e.Has(fsnotify.Write|fsnotify.Create|fsnotify.Remove) {
 					poke(changed)
 				}
-			case _ = <-w.Errors: // some events were lost
+			case <-w.Errors: // some events were lost
 				poke(changed)
 			case <-ctx.Done():
 				return

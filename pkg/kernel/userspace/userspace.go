@@ -75,7 +75,7 @@ func Start(name string, mtu int, logFile string) error {
 		return nil
 	}
 	_ = cmd.Process.Kill()
-	_ = <-exited
+	<-exited
 	said, _ := os.ReadFile(logFile)
 	if last := strings.TrimSpace(string(said)); last != "" {
 		return errors.New(last)

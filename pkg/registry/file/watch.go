@@ -69,7 +69,7 @@ func (w *watch) run(ctx context.Context, out chan<- registry.Update) {
 			case event.Name == w.r.path || event.Name == w.folder:
 				w.read()
 			}
-		case _ = <-failures: // such as an overflow, which lost events
+		case <-failures: // such as an overflow, which lost events
 			w.read()
 		case <-ticker.C:
 			w.poll()
