@@ -363,18 +363,18 @@ func TestBrokenJSON(t *testing.T) {
 
 // TestRunDirOf: DEL finds the store whatever else the stanza says.
 func TestRunDirOf(t *testing.T) {
-	for text, want := range map[string]string{
-		`{"runDir": "/run/other/"}`:                       "/run/other",
-		`{"runDir": "/run/other", "no-such": 1}`:          "/run/other",
-		`{"runDir": "/run/other", "clusterCIDRs": "x"}`:   "/run/other",
-		`{"runDir": "run"}`:                               DefaultRunDir,
-		`{"runDir": 5}`:                                   DefaultRunDir,
-		`{"runDir": null}`:                                DefaultRunDir,
-		`{}`:                                              DefaultRunDir,
-		`{"runDir": "/run/other", "registry": {"x": []}}`: "/run/other",
+	for _, tt := range []struct{ text, want string }{
+		{`{"runDir": "/run/other/"}`, "/run/other"},
+		{`{"runDir": "/run/other", "no-such": 1}`, "/run/other"},
+		{`{"runDir": "/run/other", "clusterCIDRs": "x"}`, "/run/other"},
+		{`{"runDir": "/run/other", "registry": {"x": []}}`, "/run/other"},
+		{`{"runDir": "run"}`, DefaultRunDir},
+		{`{"runDir": 5}`, DefaultRunDir},
+		{`{"runDir": null}`, DefaultRunDir},
+		{`{}`, DefaultRunDir},
 	} {
-		if got := RunDirOf([]byte(text)); got != want {
-			t.Errorf("%s: %s, want %s", text, got, want)
+		if got := RunDirOf([]byte(tt.text)); got != tt.want {
+			t.Errorf("%s: %s, want %s", tt.text, got, tt.want)
 		}
 	}
 }

@@ -331,3 +331,34 @@ ip route add default via 192.0.2.1 metric 100; ip -6 route add default via 2001:
 		t.Errorf("underlay (-want +got):\n%s", diff)
 	}
 }
+
+// An interface whose other end lies in a third namespace has an index in common
+// with one of this node's, which must not be touched.
+func TestPodLink(t *testing.T) {
+	sh(t, `mkdir -p /run/netns; ip netns add pod; ip netns add far
+ip link add v0 type veth peer name eth0 netns pod; ip link set v0 up; ip -n pod link set eth0 up
+ip link add spare type veth peer name other netns far; ip link set spare netns pod
+ip -n pod link add eth9 type ifb`)
+	defer sh(t, "ip netns del pod; ip netns del far")
+	p, err := kernel.OpenPodLink("/run/netns/pod", "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if got, err := p.SetMTU(1420); got != 1420 || err != nil {
+		t.Errorf("SetMTU: %d, %v", got, err)
+	}
+	if got, err := p.SetMTU(1500); got != 1420 || err != nil {
+		t.Errorf("a larger MTU: %d, %v; want the smaller one to stay", got, err)
+	}
+	for _, line := range []string{"ip link show v0", "ip -n pod link show eth0"} {
+		if out := sh(t, line); !strings.Contains(out, "mtu 1420") {
+			t.Errorf("%s: %s", line, out)
+		}
+	}
+	for _, name := range []string{"spare", "eth9"} {
+		if _, err := kernel.OpenPodLink("/run/netns/pod", name); !errors.Is(err, kernel.ErrBypassesHost) {
+			t.Errorf("%s: error %v, want ErrBypassesHost", name, err)
+		}
+	}
+}

@@ -17,15 +17,16 @@ var ErrBypassesHost = errors.New("its packets bypass this node's routing")
 
 // PodLink is one pod's interface: a pair of which the node holds the other end.
 type PodLink struct {
-	pod  *netlink.Handle
-	link netlink.Link
+	pod, node *netlink.Handle
+	link      netlink.Link // the pod's end
+	peer      netlink.Link // the node's end
 }
 
 // pairedKinds are the links whose other end lies in the node.
 var pairedKinds = map[string]bool{"veth": true, "netkit": true}
 
-// OpenPodLink finds an interface in the namespace at sandbox. It returns an error
-// that Is ErrBypassesHost where the interface is not one end of a pair.
+// OpenPodLink finds an interface in the namespace at sandbox, and its other end.
+// It returns an error that Is ErrBypassesHost where it has none in this node.
 func OpenPodLink(sandbox, ifname string) (*PodLink, error) {
 	ns, err := netns.GetFromPath(sandbox)
 	if err != nil {
@@ -36,20 +37,52 @@ func OpenPodLink(sandbox, ifname string) (*PodLink, error) {
 	if err != nil {
 		return nil, fmt.Errorf("enter the pod's network namespace %s: %w", sandbox, err)
 	}
-	l, err := pod.LinkByName(ifname)
+	node, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		pod.Close()
-		return nil, fmt.Errorf("find interface %s in %s: %w", ifname, sandbox, err)
+		return nil, fmt.Errorf("open a netlink socket: %w", err)
 	}
-	if !pairedKinds[l.Type()] {
-		pod.Close()
-		return nil, fmt.Errorf("interface %s is of kind %q: %w", ifname, l.Type(), ErrBypassesHost)
+	p := &PodLink{pod: pod, node: node}
+	if err := p.find(ns, sandbox, ifname); err != nil {
+		p.Close()
+		return nil, err
 	}
-	return &PodLink{pod: pod, link: l}, nil
+	return p, nil
+}
+
+// find looks up both ends. The pod's end tells the index of the other, but not
+// in which namespace: an interface of this node that happens to have the same
+// index is told apart by its own other end.
+func (p *PodLink) find(ns netns.NsHandle, sandbox, ifname string) (err error) {
+	if p.link, err = p.pod.LinkByName(ifname); err != nil {
+		return fmt.Errorf("find interface %s in %s: %w", ifname, sandbox, err)
+	}
+	if !pairedKinds[p.link.Type()] {
+		return fmt.Errorf("interface %s is of kind %q: %w", ifname, p.link.Type(), ErrBypassesHost)
+	}
+	elsewhere := fmt.Errorf("the other end of interface %s is not in this node: %w", ifname, ErrBypassesHost)
+	p.peer, err = p.node.LinkByIndex(p.link.Attrs().ParentIndex)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return elsewhere
+	}
+	if err != nil {
+		return fmt.Errorf("find this node's end of interface %s: %w", ifname, err)
+	}
+	nsid, err := p.node.GetNetNsIdByFd(int(ns)) // looking at the peer has given it one
+	if err != nil {
+		return fmt.Errorf("identify the pod's network namespace %s: %w", sandbox, err)
+	}
+	if p.peer.Type() != p.link.Type() || p.peer.Attrs().ParentIndex != p.link.Attrs().Index || p.peer.Attrs().NetNsID != nsid {
+		return elsewhere
+	}
+	return nil
 }
 
 // Close releases the sockets.
-func (p *PodLink) Close() { p.pod.Close() }
+func (p *PodLink) Close() {
+	p.pod.Close()
+	p.node.Close()
+}
 
 // MTU is that of the pod's end, in bytes.
 func (p *PodLink) MTU() int { return p.link.Attrs().MTU }
@@ -60,25 +93,15 @@ func (p *PodLink) SetMTU(mtu int) (int, error) {
 	if have := p.link.Attrs().MTU; have <= mtu {
 		return have, nil
 	}
-	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return 0, fmt.Errorf("open a netlink socket: %w", err)
-	}
-	defer host.Close()
-	if index := p.link.Attrs().ParentIndex; index > 0 {
-		peer, err := host.LinkByIndex(index)
-		if err != nil {
-			return 0, fmt.Errorf("find this node's end of the pod's link: %w", err)
-		}
-		if peer.Attrs().MTU > mtu {
-			if err := host.LinkSetMTU(peer, mtu); err != nil {
-				return 0, fmt.Errorf("set the MTU of %s to %d: %w", peer.Attrs().Name, mtu, err)
-			}
+	if p.peer.Attrs().MTU > mtu {
+		if err := p.node.LinkSetMTU(p.peer, mtu); err != nil {
+			return 0, fmt.Errorf("set the MTU of %s to %d: %w", p.peer.Attrs().Name, mtu, err)
 		}
 	}
 	if err := p.pod.LinkSetMTU(p.link, mtu); err != nil {
 		return 0, fmt.Errorf("set the MTU of the pod's %s to %d: %w", p.link.Attrs().Name, mtu, err)
 	}
+	p.link.Attrs().MTU, p.peer.Attrs().MTU = mtu, min(p.peer.Attrs().MTU, mtu)
 	return mtu, nil
 }
 

@@ -204,7 +204,6 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 		}
 	}
 	l.sweep(ctx)
-	l.adopt(ctx)
 	return nil
 }
 
@@ -280,14 +279,11 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
+	l.adoptIfNew(ctx)
 	o, err := Pass{
 		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Observed: l.observed,
 		Context: mesh.Context{Now: now, Moved: l.moved},
 	}.Run(ctx)
-	if o.Damaged != nil {
-		l.Log.Warn(o.Damaged.Error(), "mend", "nothing to do: it is filled again from the runtime's cached results")
-		l.adopt(ctx)
-	}
 	l.logOps(o.Ops)
 	if err != nil {
 		l.observed = nil

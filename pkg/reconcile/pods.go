@@ -39,6 +39,27 @@ func (l *Loop) sweep(ctx context.Context) {
 	}
 }
 
+// adoptIfNew adopts where no plan has been applied from this store yet: after a
+// boot, and when a damaged store was replaced, by whomever. It comes before the
+// pass, which would else take the pods that are missing for gone.
+func (l *Loop) adoptIfNew(ctx context.Context) {
+	isNew := false
+	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {
+		_, applied, err := st.Applied()
+		isNew = !applied
+		if d := st.Damaged(); d != nil {
+			l.Log.Warn(d.Error(), "mend", "nothing to do: it is filled again from the runtime's cached results")
+		}
+		return err
+	})
+	if err != nil {
+		l.Log.Warn("cannot read the store", "error", err)
+	}
+	if isNew {
+		l.adopt(ctx)
+	}
+}
+
 // adopt takes in the pods that the runtime knows and the store does not.
 func (l *Loop) adopt(ctx context.Context) {
 	if l.Adopt == nil {

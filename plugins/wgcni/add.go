@@ -15,7 +15,6 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
-	"go4.org/netipx"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/kernel"
@@ -201,16 +200,10 @@ func attachment(conf config.Config, args *skel.CmdArgs, result *current.Result) 
 		return slices.ContainsFunc(conf.ClusterCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
 	}
 	var outside []string
-	for _, ip := range result.IPs {
-		if i := ip.Interface; i != nil && (*i < 0 || *i >= len(result.Interfaces) || result.Interfaces[*i].Name != args.IfName) {
-			continue
-		}
-		a, ok := netipx.FromStdIP(ip.Address.IP)
-		switch {
-		case !ok:
-		case inCluster(a):
+	for _, a := range store.ResultAddresses(result, args.IfName) {
+		if inCluster(a) {
 			at.Addresses = append(at.Addresses, a)
-		default:
+		} else {
 			outside = append(outside, a.String())
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -116,7 +117,7 @@ func checkLink(args *skel.CmdArgs, pass reconcile.Pass) error {
 
 // status says whether an ADD could be served, and if not, whether the pods that
 // exist are cut off as well. containerd asks every few seconds: it looks at a few
-// files and one interface, waits for no lock, and does not read the peers.
+// files and one interface, waits for no lock while all is well, and does not read the peers.
 func status(args *skel.CmdArgs) error {
 	conf, err := config.Parse(args.StdinData)
 	if err != nil {
@@ -152,11 +153,24 @@ func status(args *skel.CmdArgs) error {
 	return nil
 }
 
-// podsAttached reports whether this boot has seen a pod. It reads no more than
-// the store's existence: to open it one would have to wait.
+// statusWait bounds STATUS's wait for the store.
+const statusWait = 30 * time.Millisecond
+
+// podsAttached reports whether there are pods that could be cut off. A store
+// that is in use, or cannot be read, is taken to have some.
 func podsAttached(runDir string) bool {
-	_, err := os.Stat(store.AttachmentsPath(runDir))
-	return err == nil
+	if _, err := os.Stat(store.AttachmentsPath(runDir)); errors.Is(err, fs.ErrNotExist) {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), statusWait)
+	defer cancel()
+	st, err := store.OpenAttachments(ctx, runDir)
+	if err != nil {
+		return true
+	}
+	defer func() { _ = st.Close() }() // nothing was written
+	all, err := st.All()
+	return err != nil || len(all) > 0
 }
 
 func writable(dir string) error {

@@ -9,12 +9,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/renameio/v2"
-	"go4.org/netipx"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
@@ -98,10 +98,17 @@ func cachedAttachments(c config.Config) ([]store.Attachment, error) {
 	var out []store.Attachment
 	var errs []error
 	for _, a := range cached {
-		if a.Network != c.Name || a.NetNS == "" || kernel.SandboxID(a.NetNS) == 0 {
+		if kernel.SandboxID(a.NetNS) == 0 {
+			continue // the pod is gone
+		}
+		list, err := libcni.ConfListFromBytes(a.Config)
+		if err == nil && a.Network != c.Name && !chainsWgcni(list) {
 			continue
 		}
-		at, err := fromCache(cni, a)
+		var at store.Attachment
+		if err == nil {
+			at, err = fromCache(cni, list, a)
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("cached result of %s: %w", a.ContainerID, err))
 			continue
@@ -111,11 +118,13 @@ func cachedAttachments(c config.Config) ([]store.Attachment, error) {
 	return out, errors.Join(errs...)
 }
 
-func fromCache(cni *libcni.CNIConfig, a *libcni.NetworkAttachment) (store.Attachment, error) {
-	list, err := libcni.ConfListFromBytes(a.Config)
-	if err != nil {
-		return store.Attachment{}, err
-	}
+// chainsWgcni is true of the networks whose pods ADD would have recorded. Pods of
+// our own network may be older than its wgcni entry.
+func chainsWgcni(list *libcni.NetworkConfigList) bool {
+	return slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return p.Network.Type == config.PluginType })
+}
+
+func fromCache(cni *libcni.CNIConfig, list *libcni.NetworkConfigList, a *libcni.NetworkAttachment) (store.Attachment, error) {
 	cached, err := cni.GetNetworkListCachedResult(list, &libcni.RuntimeConf{ContainerID: a.ContainerID, IfName: a.IfName, NetNS: a.NetNS})
 	if err != nil || cached == nil {
 		return store.Attachment{}, errors.Join(err, errors.New("no result"))
@@ -128,11 +137,7 @@ func fromCache(cni *libcni.CNIConfig, a *libcni.NetworkAttachment) (store.Attach
 		Network: a.Network, ContainerID: a.ContainerID, IfName: a.IfName,
 		Sandbox: a.NetNS, SandboxID: kernel.SandboxID(a.NetNS),
 	}
-	for _, ip := range result.IPs {
-		if addr, ok := netipx.FromStdIP(ip.Address.IP); ok {
-			at.Addresses = append(at.Addresses, addr)
-		}
-	}
+	at.Addresses = store.ResultAddresses(result, a.IfName)
 	return at, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -43,7 +44,7 @@ func main() {
 	var names string
 	var asMarkdown bool
 	flag.BoolVar(&b.short, "short", false, "fewer rounds: under a minute, and less exact")
-	flag.StringVar(&names, "sections", "verbs,scale,throughput", "what to measure")
+	flag.StringVar(&names, "sections", strings.Join(sectionNames(), ","), "what to measure")
 	flag.BoolVar(&asMarkdown, "markdown", false, "print the table for the README")
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -107,26 +108,32 @@ type bench struct {
 
 // all runs the named sections.
 func (b *bench) all(ctx context.Context, names string) ([]section, error) {
-	wanted := map[string]bool{}
-	for name := range strings.SplitSeq(names, ",") {
-		wanted[name] = true
+	wanted := strings.Split(names, ",")
+	for _, name := range wanted {
+		if !slices.Contains(sectionNames(), name) {
+			return nil, fmt.Errorf("--sections: %q is none of %s", name, strings.Join(sectionNames(), ", "))
+		}
 	}
 	var sections []section
 	for _, x := range benches {
-		if !wanted[x.name] {
+		if !slices.Contains(wanted, x.name) {
 			continue
 		}
-		delete(wanted, x.name)
 		s, err := x.run(ctx, b)
 		if err := errors.Join(append(b.errs, err)...); err != nil {
 			return nil, fmt.Errorf("%s: %w", x.name, err)
 		}
 		sections = append(sections, s...)
 	}
-	for name := range wanted {
-		return nil, fmt.Errorf("--sections: %q is none of verbs, scale, throughput", name)
-	}
 	return sections, nil
+}
+
+func sectionNames() []string {
+	var names []string
+	for _, x := range benches {
+		names = append(names, x.name)
+	}
+	return names
 }
 
 // rounds and span choose between the whole and the short form.

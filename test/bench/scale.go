@@ -66,7 +66,7 @@ func benchScale(ctx context.Context, b *bench) ([]section, error) {
 	if err := warmUp(ctx, subjects); err != nil {
 		return nil, err
 	}
-	rounds := b.rounds(30, 15)
+	rounds := b.rounds(30, 5)
 	for i := range rounds {
 		b.progress("scale: round %d of %d", i+1, rounds)
 		if err := round(ctx, subjects); err != nil {
@@ -143,7 +143,7 @@ func helperRows(kind string, loads []*load, of func(*load) *subject) []row {
 	for _, l := range loads {
 		if x := of(l); x != nil && x.plugin == "wgcni" {
 			rows = append(rows, row{
-				what: fmt.Sprintf("wgcnid after a verb of %s: %s", kind, l.name),
+				what: fmt.Sprintf("wgcnid, after %s: %s", kind, l.name),
 				cpu:  milliseconds(x.helper.median()),
 			})
 		}

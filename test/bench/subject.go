@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
-	"syscall"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
@@ -141,14 +140,7 @@ func round(ctx context.Context, subjects []*subject) error {
 			if err != nil {
 				return err
 			}
-			for _, p := range s.host.helper[:1] {
-				_ = syscall.Kill(p, syscall.SIGSTOP)
-			}
-			verr := verb(s)
-			for _, p := range s.host.helper[:1] {
-				_ = syscall.Kill(p, syscall.SIGCONT)
-			}
-			if err := errors.Join(verr, settle(ctx, hosts)); err != nil {
+			if err := errors.Join(verb(s), settle(ctx, hosts)); err != nil {
 				return err
 			}
 			after, err := s.host.helperCPU()

@@ -13,7 +13,9 @@ import (
 
 // readState prints all that wgcni could leave on a node: one kind of object a
 // line, so that two states can be compared by line. "linkdown" comes and goes
-// on its own, up to a second late.
+// on its own, up to a second late; conf/all/send_redirects is left out because
+// the kernel's WireGuard clears it when an interface goes up, and never sets it
+// again (drivers/net/wireguard/device.c, wg_open).
 const readState = `
 ip -4 rule | sed 's/^/rule4 /'
 ip -6 rule | sed 's/^/rule6 /'
@@ -24,7 +26,7 @@ ip -6 route show table all proto 119 | sed 's/^/ours6 /'
 nft -s list ruleset | sed 's/^/nft /'
 for link in /sys/class/net/*; do echo "link ${link##*/} mtu $(cat $link/mtu)"; done
 ip -o address | sed 's/^[0-9]*: /address /; s/ *valid_lft.*//'
-grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf | sed 's/^/sysctl /'
+grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf | grep -v 'ipv4/conf/all/send_redirects' | sed 's/^/sysctl /'
 find /run /etc/cni /var/lib/cni /var/lib/wgcni | sed 's/^/file /'
 cat /etc/cni/net.d/* | sed 's/^/conflist /'
 `

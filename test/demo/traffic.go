@@ -88,6 +88,8 @@ func exchanges(from, to *cluster.Pod) []exchange {
 	return all
 }
 
+var errSource = errors.New("another source address")
+
 // do sends the payload, and checks the answer, and the source that the far end
 // saw; ICMP doesn't tell that.
 func (e exchange) do(ctx context.Context, timeout time.Duration) error {
@@ -107,7 +109,7 @@ func (e exchange) do(ctx context.Context, timeout time.Duration) error {
 		return fmt.Errorf("%s %s -> %s: %w", e.protocol, e.from, e.to, err)
 	}
 	if seen.Addr().Unmap() != e.src {
-		return fmt.Errorf("%s %s -> %s: the far end sees %s as the source, want %s", e.protocol, e.from, e.to, seen.Addr(), e.src)
+		return fmt.Errorf("%s %s -> %s: %w: the far end sees %s, want %s", e.protocol, e.from, e.to, errSource, seen.Addr(), e.src)
 	}
 	return nil
 }
