@@ -96,18 +96,29 @@ func (p Pass) Compare(ctx context.Context) (o Outcome, err error) {
 	if err != nil {
 		return o, err
 	}
-	o.Pods, err = st.All()
-	o.Damaged = st.Damaged()
-	if err := errors.Join(err, st.Close()); err != nil {
-		return o, fmt.Errorf("read %s: %w", store.AttachmentsPath(p.Config.RunDir), err)
-	}
-	p.plan(&o)
-	return o, nil
+	err = p.plan(&o, st)
+	return o, errors.Join(err, st.Close())
 }
 
-func (p Pass) plan(o *Outcome) {
-	o.Plan = mesh.NewPlan(Facts(p.Config, p.Key, p.Known, store.Addresses(o.Pods)))
+// plan reads the pods and plans with them. While the store may lack some, the
+// pods that the kernel guards are taken for pods as well.
+func (p Pass) plan(o *Outcome, st *store.Attachments) error {
+	pods, err := st.All()
+	if err != nil {
+		return fmt.Errorf("read %s: %w", store.AttachmentsPath(p.Config.RunDir), err)
+	}
+	complete, err := st.Complete()
+	if err != nil {
+		return fmt.Errorf("read %s: %w", store.AttachmentsPath(p.Config.RunDir), err)
+	}
+	o.Pods, o.Damaged = pods, st.Damaged()
+	addrs := store.Addresses(pods)
+	if !complete {
+		addrs = append(addrs, o.Observed.Filter.Pods...)
+	}
+	o.Plan = mesh.NewPlan(Facts(p.Config, p.Key, p.Known, addrs))
 	o.Ops = mesh.Diff(o.Observed, o.Plan.State, p.Context)
+	return nil
 }
 
 // Run makes the kernel hold the plan. What concerns this node's own pods is
@@ -145,8 +156,9 @@ func (p Pass) applyLocal(ctx context.Context, o *Outcome) (err error) {
 		return err
 	}
 	if !slices.Equal(store.Addresses(pods), store.Addresses(o.Pods)) {
-		o.Pods = pods
-		p.plan(o)
+		if err := p.plan(o, st); err != nil {
+			return err
+		}
 	}
 	local, _ := mesh.Split(o.Ops)
 	return p.Kernel.Apply(local)

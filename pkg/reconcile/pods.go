@@ -39,14 +39,12 @@ func (l *Loop) sweep(ctx context.Context) {
 	}
 }
 
-// adoptIfNew adopts where no plan has been applied from this store yet: after a
-// boot, and when a damaged store was replaced, by whomever. It comes before the
-// pass, which would else take the pods that are missing for gone.
+// adoptIfNew adopts where the store is new: after a boot, and when a damaged one
+// was replaced, by whomever.
 func (l *Loop) adoptIfNew(ctx context.Context) {
-	isNew := false
-	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {
-		_, applied, err := st.Applied()
-		isNew = !applied
+	complete := true
+	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) (err error) {
+		complete, err = st.Complete()
 		if d := st.Damaged(); d != nil {
 			l.Log.Warn(d.Error(), "mend", "nothing to do: it is filled again from the runtime's cached results")
 		}
@@ -55,22 +53,19 @@ func (l *Loop) adoptIfNew(ctx context.Context) {
 	if err != nil {
 		l.Log.Warn("cannot read the store", "error", err)
 	}
-	if isNew {
+	if !complete {
 		l.adopt(ctx)
 	}
 }
 
 // adopt takes in the pods that the runtime knows and the store does not.
 func (l *Loop) adopt(ctx context.Context) {
-	if l.Adopt == nil {
-		return
-	}
-	found, err := l.Adopt(l.config)
-	if err != nil {
-		l.Log.Warn("cannot read the runtime's cached results", "error", err)
-	}
-	if len(found) == 0 {
-		return
+	var found []store.Attachment
+	var err error
+	if l.Adopt != nil {
+		if found, err = l.Adopt(l.config); err != nil {
+			l.Log.Warn("cannot read the runtime's cached results", "error", err)
+		}
 	}
 	err = withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {
 		all, err := st.All()
@@ -90,7 +85,7 @@ func (l *Loop) adopt(ctx context.Context) {
 			}
 			l.Log.Info("adopted a pod", "container", at.ContainerID, "ifname", at.IfName, "addresses", at.Addresses)
 		}
-		return nil
+		return st.SetComplete()
 	})
 	if err != nil {
 		l.Log.Warn("cannot adopt pods", "error", err)

@@ -43,6 +43,7 @@ var (
 	attachmentsBucket = []byte("attachments")
 	metaBucket        = []byte("meta")
 	appliedKey        = []byte("applied")
+	completeKey       = []byte("complete")
 
 	attachmentsBuckets = [][]byte{attachmentsBucket, metaBucket}
 )
@@ -159,6 +160,26 @@ func (a *Attachments) SetApplied(ap Applied) error {
 			return err
 		}
 		return a.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(appliedKey, v) })
+	})
+}
+
+// Complete reports whether the store is known to hold all pods of this node. One
+// that is new, after a boot or in the place of a damaged one, is not: only the
+// helper can ask the runtime for the others.
+func (a *Attachments) Complete() (complete bool, err error) {
+	err = guarded(func() error {
+		return a.db.View(func(tx *bolt.Tx) error {
+			complete = tx.Bucket(metaBucket).Get(completeKey) != nil
+			return nil
+		})
+	})
+	return complete, err
+}
+
+// SetComplete says that all pods of this node are in the store.
+func (a *Attachments) SetComplete() error {
+	return guarded(func() error {
+		return a.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(completeKey, []byte("true")) })
 	})
 }
 

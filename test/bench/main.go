@@ -58,7 +58,7 @@ func main() {
 	sections, err := b.all(ctx, names)
 	b.clearProgress()
 	if ctx.Err() != nil {
-		err = errors.New("interrupted") // what it made is gone by now
+		err = errors.Join(append(b.errs, errors.New("interrupted"))...) // by now all is removed, but for errors
 	}
 	exitOn(err)
 	show(sections, asMarkdown, time.Since(b.started))

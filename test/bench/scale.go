@@ -48,9 +48,9 @@ func benchScale(ctx context.Context, b *bench) ([]section, error) {
 		if l.host, err = newHost(ctx, c, c.Nodes[i], l.peers); err != nil {
 			return nil, err
 		}
-		l.inside = l.host.wgcni("wgcni", insideNetwork)
+		l.inside = l.host.wgcni(insideNetwork)
 		if extreme := i == 0 || i == len(loads)-1; extreme {
-			l.outside = l.host.wgcni("wgcni", outsideNetwork)
+			l.outside = l.host.wgcni(outsideNetwork)
 		}
 		if l.peers != 1000 {
 			l.control = l.host.tuning()
@@ -87,7 +87,7 @@ func benchScale(ctx context.Context, b *bench) ([]section, error) {
 func (l *load) attachPods(ctx context.Context, b *bench) error {
 	for i := range l.pods {
 		b.progress("scale: pod %d of %d", i+1, l.pods)
-		s := l.host.wgcni("wgcni", insideNetwork)
+		s := l.host.wgcni(insideNetwork)
 		var err error
 		if s.pod, err = l.host.AddPod(ctx, s.network, fmt.Sprintf("pod-%d", i), cluster.PodOptions{}); err != nil {
 			return err

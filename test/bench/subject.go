@@ -30,8 +30,8 @@ type subject struct {
 }
 
 // wgcni is a subject with wgcni on a pod of one of the host's networks.
-func (h *host) wgcni(name, network string) *subject {
-	return &subject{name: name, host: h, plugin: "wgcni", stanza: h.stanza, network: network}
+func (h *host) wgcni(network string) *subject {
+	return &subject{name: "wgcni", host: h, plugin: "wgcni", stanza: h.stanza, network: network}
 }
 
 // tuning is the reference plugin that the budgets refer to.

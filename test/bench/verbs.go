@@ -36,7 +36,7 @@ func chained(h *host) []*subject {
 	for _, s := range subjects {
 		s.host, s.network = h, insideNetwork
 	}
-	return append(subjects, h.wgcni("wgcni", insideNetwork))
+	return append(subjects, h.wgcni(insideNetwork))
 }
 
 // start is a program that is started and ends at once.
