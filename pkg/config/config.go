@@ -50,6 +50,9 @@ type Config struct {
 	Registry Registry
 	RunDir   string
 	StateDir string
+
+	// Source is the file that the stanza was read from, if it was.
+	Source []byte
 }
 
 // Registry says where nodes find each other.

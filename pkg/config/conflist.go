@@ -32,6 +32,24 @@ type conflist struct {
 	Plugins    []json.RawMessage `json:"plugins"`
 }
 
+// LastFile is where the helper leaves the file that it read its stanza from, in
+// its state folder: a node leaves the mesh after the entry was taken out.
+const LastFile = "last.conflist"
+
+// LoadLast is Load without a path; where no configuration chains wgcni any more
+// it reads the last one that did.
+func LoadLast(dir string) (Config, error) {
+	c, err := Load("", dir)
+	if !errors.Is(err, ErrNotChained) {
+		return c, err
+	}
+	last, lastErr := Load(filepath.Join(DefaultStateDir, LastFile), dir)
+	if lastErr != nil {
+		return c, err
+	}
+	return last, nil
+}
+
 // Load reads the stanza from a conflist, or from a file that is a bare stanza.
 // With an empty path it takes the first conflist in dir that chains wgcni.
 // Where the stanza names no podCIDRs they are found, see FindPodCIDRs.
@@ -51,6 +69,7 @@ func Load(path, dir string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("%s: %w", path, err)
 	}
+	c.Source = data
 	return c, nil
 }
 

@@ -11,6 +11,8 @@ import (
 //
 //	chain forward {                              # what passes through this node
 //	  type filter hook forward priority filter - 10
+//	  oifname "wgcni0" return                    # encrypted: the most frequent comes first
+//	  iifname "wgcni0" ip daddr @local4 return   # decrypted, for a pod here
 //	  oifname != "wgcni0" ip saddr @cluster4 ip daddr @guarded4 jump plain-out
 //	  iifname != "wgcni0" ip saddr @guarded4 ip daddr @cluster4 jump plain-in
 //	}
@@ -94,6 +96,8 @@ func chains(link string) []chainSpec {
 	input := filter("input", nftables.ChainHookInput)
 	keepSource := chainSpec{name: "keep-source", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: natPriority}
 	for _, f := range families {
+		forward.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), verdict("return", expr.VerdictReturn))
+		forward.add(f.via(expr.MetaKeyIIFNAME, "iifname", link), f.to(setLocal), verdict("return", expr.VerdictReturn))
 		notOut, notIn := f.notVia(expr.MetaKeyOIFNAME, "oifname", link), f.notVia(expr.MetaKeyIIFNAME, "iifname", link)
 		forward.add(notOut, f.from(setCluster), f.to(setGuarded), jump(chainPlainOut))
 		forward.add(notIn, f.from(setGuarded), f.to(setCluster), jump(chainPlainIn))

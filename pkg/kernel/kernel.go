@@ -136,6 +136,8 @@ func (k *Kernel) apply(op mesh.Op) error {
 		return k.setRoute(o)
 	case mesh.RemoveRoute:
 		return k.removeRoute(o.Route)
+	case mesh.Greet:
+		return k.greet(o)
 	case mesh.AddRule:
 		return ignoring(k.rt.RuleAdd(rule(o.Rule)), unix.EEXIST)
 	case mesh.RemoveRule:

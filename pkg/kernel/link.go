@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/mdlayher/genetlink"
 	"github.com/vishvananda/netlink"
@@ -46,13 +47,13 @@ func (k *Kernel) observeLink(s *mesh.State) error {
 		}
 		return fmt.Errorf("read WireGuard interface %s: %w", k.Interface, err)
 	}
-	if l.Attrs().Alias != LinkAlias {
+	if !strings.HasPrefix(l.Attrs().Alias, LinkAlias) {
 		if (d.PublicKey != wgtypes.Key{}) && d.PrivateKey != (wgtypes.Key{}) || len(d.Peers) > 0 {
 			return foreign
 		}
 		// Fresh from a pass that was cut off between making it and marking it.
-		if err := k.rt.LinkSetAlias(l, LinkAlias); err != nil {
-			return fmt.Errorf("mark interface %s: %w", k.Interface, err)
+		if err := k.markLink(l); err != nil {
+			return err
 		}
 	}
 	s.Link = mesh.Link{
@@ -97,10 +98,31 @@ func (k *Kernel) addLink(o mesh.AddLink) error {
 	if err != nil {
 		return err
 	}
-	if err := k.rt.LinkSetAlias(l, LinkAlias); err != nil {
-		return fmt.Errorf("mark it: %w", err)
+	return k.markLink(l)
+}
+
+// The kernel's WireGuard clears this when an interface goes up, and never sets it
+// again (wg_open in drivers/net/wireguard/device.c). The mark remembers it.
+const (
+	sendRedirects     = "net/ipv4/conf/all/send_redirects"
+	sendRedirectsMark = " send_redirects=1"
+)
+
+// markLink makes an interface ours, before it goes up for the first time.
+func (k *Kernel) markLink(l netlink.Link) error {
+	mark := LinkAlias
+	if l.Type() == "wireguard" && readSysctl(sendRedirects) == "1" {
+		mark += sendRedirectsMark
+	}
+	if err := k.rt.LinkSetAlias(l, mark); err != nil {
+		return fmt.Errorf("mark interface %s: %w", l.Attrs().Name, err)
 	}
 	return nil
+}
+
+func readSysctl(path string) string {
+	value, _ := os.ReadFile("/proc/sys/" + path) // "" if there is none
+	return strings.TrimSpace(string(value))
 }
 
 func (k *Kernel) setLink(o mesh.SetLink) error {
@@ -135,7 +157,13 @@ func (k *Kernel) removeLink(name string) error {
 	if err != nil || l == nil {
 		return err
 	}
-	return ignoring(k.rt.LinkDel(l), unix.ENODEV)
+	if err := ignoring(k.rt.LinkDel(l), unix.ENODEV); err != nil {
+		return err
+	}
+	if strings.HasSuffix(l.Attrs().Alias, sendRedirectsMark) && readSysctl(sendRedirects) == "0" {
+		return writeSysctl(sendRedirects, "1")
+	}
+	return nil
 }
 
 func (k *Kernel) changeAddress(link string, p netip.Prefix, change func(netlink.Link, *netlink.Addr) error) error {

@@ -106,6 +106,7 @@ const (
 	rtmsgLen      = 12 // struct rtmsg; struct fib_rule_hdr is as long
 	rtmsgDstLen   = 1
 	rtmsgProtocol = 5
+	rtmsgType     = 7
 	ifinfomsgLen  = 16
 	nfgenmsgLen   = 4
 )
@@ -126,8 +127,10 @@ func (w *watcher) routeEvent(m netlink.Message) Event {
 		if len(m.Data) < rtmsgLen {
 			return Event{}
 		}
+		// The throw routes of single pods go with every DEL, as the sets' elements do.
+		ofAPod := m.Data[rtmsgType] == unix.RTN_THROW && m.Data[rtmsgDstLen] >= 32
 		return Event{
-			Ours:     m.Header.Type == unix.RTM_DELROUTE && m.Data[rtmsgProtocol] == RouteProtocol,
+			Ours:     m.Header.Type == unix.RTM_DELROUTE && m.Data[rtmsgProtocol] == RouteProtocol && !ofAPod,
 			Underlay: m.Data[rtmsgDstLen] == 0,
 		}
 	case unix.RTM_DELRULE:

@@ -103,6 +103,22 @@ func portTaken(err error) bool {
 	return errors.Is(err, unix.EADDRINUSE) || err != nil && strings.Contains(err.Error(), fmt.Sprintf("errno=-%d", unix.EADDRINUSE))
 }
 
+// greet switches the keepalive on and off again: WireGuard sends one at once
+// when it is switched on, and for that needs a session (set_peer in
+// drivers/net/wireguard/netlink.c; wireguard-go does the same).
+func (k *Kernel) greet(o mesh.Greet) error {
+	for _, interval := range []time.Duration{time.Hour, 0} {
+		var c wgtypes.Config
+		for _, key := range o.Peers {
+			c.Peers = append(c.Peers, wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &interval})
+		}
+		if err := k.wg.configure(o.Link, c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func isPeerOp(op mesh.Op) bool {
 	switch op.(type) {
 	case mesh.SetPeer, mesh.RemovePeer:

@@ -38,6 +38,7 @@ func Diff(observed, planned State, c Context) []Op {
 	d.setPeers(false)
 	d.addRoutes(func(r Route) bool { return r.Type == ViaLink })
 	d.addRules()
+	d.greet()
 
 	d.removeAddresses()
 	d.removeRules()
@@ -131,6 +132,24 @@ func (d *differ) addLink() {
 	}
 	for _, p := range difference(d.planned.Addresses, d.observed.Addresses) {
 		d.add(AddAddress{Link: want.Name, Prefix: p})
+	}
+}
+
+// greet tells the peers of an interface that is new, or has a new key. A keepalive
+// does so by itself.
+func (d *differ) greet() {
+	have, want := d.observed.Link, d.planned.Link
+	if want.Name == "" || d.linkStays() && have.PublicKey == want.PublicKey {
+		return
+	}
+	g := Greet{Link: want.Name}
+	for _, p := range d.planned.Peers {
+		if p.Endpoint.IsValid() && p.Keepalive == 0 {
+			g.Peers = append(g.Peers, p.PublicKey)
+		}
+	}
+	if len(g.Peers) > 0 {
+		d.add(g)
 	}
 }
 

@@ -146,6 +146,7 @@ ip link set wg9 mtu 1420 up
 ip address add 10.244.1.0/32 dev wg9
 wg set wg9 peer k2 (b) endpoint 192.0.2.2:51820 allowed-ips +10.244.2.0/24
 ip route replace 10.244.2.0/24 dev wg9 src 10.244.1.0 table 5182
+greet 1 peers of wg9
 `},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -60,6 +60,13 @@ type (
 	}
 	// AddRule adds a policy rule.
 	AddRule struct{ Rule Rule }
+	// Greet starts a handshake with peers. A peer that had a session with an
+	// interface that is gone would go on using it, and lose what it sends, until
+	// its timers end the session after 15 s.
+	Greet struct {
+		Link  string
+		Peers []wgtypes.Key
+	}
 
 	// RemoveRule removes a policy rule.
 	RemoveRule struct{ Rule Rule }
@@ -91,6 +98,7 @@ func (AddAddress) op()    {}
 func (SetRoute) op()      {}
 func (SetPeer) op()       {}
 func (AddRule) op()       {}
+func (Greet) op()         {}
 func (RemoveRule) op()    {}
 func (RemoveRoute) op()   {}
 func (RemovePeer) op()    {}
@@ -155,6 +163,7 @@ func (o SetPeer) String() string {
 	return s
 }
 func (o AddRule) String() string     { return "ip rule add " + o.Rule.String() }
+func (o Greet) String() string       { return fmt.Sprintf("greet %d peers of %s", len(o.Peers), o.Link) }
 func (o RemoveRule) String() string  { return "ip rule delete " + o.Rule.String() }
 func (o RemoveRoute) String() string { return "ip route delete " + o.Route.String() }
 func (o RemovePeer) String() string {
@@ -215,7 +224,7 @@ func Split(ops []Op) (local, others []Op) {
 // be missing where the kernel has none and the helper has not started one.
 func NeedsLink(o Op) bool {
 	switch o := o.(type) {
-	case AddLink, ConfigureLink, SetLink, AddAddress, SetPeer:
+	case AddLink, ConfigureLink, SetLink, AddAddress, SetPeer, Greet:
 		return true
 	case SetRoute:
 		return o.Route.Type == ViaLink

@@ -132,6 +132,9 @@ func (l *Loop) Run(ctx context.Context) error {
 				continue
 			}
 		case <-storeEvents:
+			if !l.podsChanged(ctx) {
+				continue
+			}
 		case <-resolved:
 		case u, ok := <-updates:
 			if ok { // closed when ctx ends

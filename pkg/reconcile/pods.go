@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
@@ -90,6 +93,33 @@ func (l *Loop) adopt(ctx context.Context) {
 	if err != nil {
 		l.Log.Warn("cannot adopt pods", "error", err)
 	}
+}
+
+// podsChanged reports whether the store holds other pods than the last pass
+// planned with, as far as a plan depends on them: pods inside the node's own
+// prefixes come and go without a pass. It waits for the verb that woke us to end.
+func (l *Loop) podsChanged(ctx context.Context) bool {
+	changed := true
+	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {
+		all, err := st.All()
+		if err != nil {
+			return err
+		}
+		complete, err := st.Complete()
+		if err != nil {
+			return err
+		}
+		changed = !complete || !slices.Equal(l.outside(store.Addresses(all)), l.outside(l.pods))
+		return nil
+	})
+	return changed || err != nil // the pass says what is wrong
+}
+
+// outside returns the addresses that none of this node's prefixes covers.
+func (l *Loop) outside(pods []netip.Addr) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(pods), func(a netip.Addr) bool {
+		return slices.ContainsFunc(l.known.Self.Prefixes, func(c mesh.Claim) bool { return c.Prefix.Contains(a) })
+	})
 }
 
 func withStore(ctx context.Context, runDir string, f func(*store.Attachments) error) error {

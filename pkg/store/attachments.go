@@ -45,7 +45,7 @@ var (
 	appliedKey        = []byte("applied")
 	completeKey       = []byte("complete")
 
-	attachmentsBuckets = [][]byte{attachmentsBucket, metaBucket}
+	attachmentsLayout = layout{buckets: [][]byte{attachmentsBucket, metaBucket}, check: checkEnds}
 )
 
 // Attachments is the open store of this boot. Its holder should be done with it
@@ -58,7 +58,7 @@ func AttachmentsPath(runDir string) string { return filepath.Join(runDir, "attac
 // OpenAttachments locks and opens the store of this boot. The error Is
 // ErrLocked if ctx ended before the lock was free.
 func OpenAttachments(ctx context.Context, runDir string) (*Attachments, error) {
-	f, err := open(ctx, AttachmentsPath(runDir), attachmentsBuckets...)
+	f, err := open(ctx, AttachmentsPath(runDir), attachmentsLayout)
 	if err != nil {
 		return nil, err
 	}
@@ -82,23 +82,43 @@ func (a *Attachments) All() (out []Attachment, err error) {
 	err = guarded(func() error {
 		return a.db.View(func(tx *bolt.Tx) error {
 			return tx.Bucket(attachmentsBucket).ForEach(func(k, v []byte) error {
-				var at Attachment
-				if err := json.Unmarshal(v, &at); err != nil {
-					return fmt.Errorf("%w: the value of %q: %w", errDamage, k, err)
-				}
-				if !bytes.Equal(k, attachmentKey(at.ContainerID, at.IfName)) {
-					return fmt.Errorf("%w: the value of %q is another attachment's", errDamage, k)
-				}
+				at, err := decodeAttachment(k, v)
 				out = append(out, at)
-				return nil
+				return err
 			})
 		})
 	})
 	if errors.Is(err, errDamage) && a.damaged == nil {
-		return nil, a.replace(err, attachmentsBuckets...)
+		return nil, a.replace(err, attachmentsLayout)
 	}
 	slices.SortFunc(out, func(a, b Attachment) int { return cmp.Compare(a.Sequence, b.Sequence) })
 	return out, err
+}
+
+func decodeAttachment(k, v []byte) (at Attachment, err error) {
+	if err := json.Unmarshal(v, &at); err != nil {
+		return at, fmt.Errorf("%w: the value of %q: %w", errDamage, k, err)
+	}
+	if !bytes.Equal(k, attachmentKey(at.ContainerID, at.IfName)) {
+		return at, fmt.Errorf("%w: the value of %q is another attachment's", errDamage, k)
+	}
+	return at, nil
+}
+
+// Get returns one attachment, false if there is none. Its cost does not grow with
+// the number of pods.
+func (a *Attachments) Get(containerID, ifname string) (at Attachment, ok bool, err error) {
+	err = guarded(func() error {
+		return a.db.View(func(tx *bolt.Tx) (err error) {
+			k := attachmentKey(containerID, ifname)
+			if v := tx.Bucket(attachmentsBucket).Get(k); v != nil {
+				ok = true
+				at, err = decodeAttachment(k, v)
+			}
+			return err
+		})
+	})
+	return at, ok && err == nil, err
 }
 
 // Put adds an attachment, or replaces the one of the same container and interface.

@@ -41,7 +41,7 @@ type file struct {
 
 // open locks and opens a file, making it and its folder where they are missing.
 // The context's deadline bounds the wait for the lock.
-func open(ctx context.Context, path string, buckets ...[]byte) (*file, error) {
+func open(ctx context.Context, path string, l layout) (*file, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
@@ -50,10 +50,10 @@ func open(ctx context.Context, path string, buckets ...[]byte) (*file, error) {
 		return nil, err
 	}
 	f := &file{lock: lock, path: path}
-	err = f.openDB(ctx, buckets)
+	err = f.openDB(ctx, l)
 	if isDamage(err) {
 		if f.damaged, err = f.moveAside(err); err == nil {
-			err = f.openDB(ctx, buckets)
+			err = f.openDB(ctx, l)
 		}
 	}
 	if err != nil {
@@ -63,7 +63,7 @@ func open(ctx context.Context, path string, buckets ...[]byte) (*file, error) {
 	return f, nil
 }
 
-func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
+func (f *file) openDB(ctx context.Context, l layout) error {
 	timeout := time.Second // of somebody who holds the file itself, with bbolt's own tool for instance
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = max(time.Until(deadline), time.Millisecond)
@@ -88,13 +88,13 @@ func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
 		missing := false
 		err = guarded(func() error {
 			return db.View(func(tx *bolt.Tx) error {
-				for _, name := range buckets {
+				for _, name := range l.buckets {
 					b := tx.Bucket(name)
 					if b == nil {
 						missing = true
 						continue
 					}
-					if err := readable(b); err != nil {
+					if err := b.ForEach(l.check); err != nil {
 						return err
 					}
 				}
@@ -103,7 +103,7 @@ func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
 		})
 		if err == nil && missing {
 			err = db.Update(func(tx *bolt.Tx) error {
-				for _, b := range buckets {
+				for _, b := range l.buckets {
 					if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 						return err
 					}
@@ -118,16 +118,32 @@ func (f *file) openDB(ctx context.Context, buckets [][]byte) error {
 	})
 }
 
-// readable touches every page and value, so that damage shows at once and not
-// in the middle of a verb.
-func readable(b *bolt.Bucket) error {
-	return b.ForEach(func(k, v []byte) error {
-		if !json.Valid(v) {
-			return fmt.Errorf("%w: the value of %q is not JSON", errDamage, k)
-		}
-		return nil
-	})
+// layout is what a file must hold.
+type layout struct {
+	buckets [][]byte
+	// check looks at every value when the file is opened, so that damage shows at
+	// once and not in the middle of a verb.
+	check func(k, v []byte) error
 }
+
+// checkEnds touches a value without reading it: an ADD should not take the longer
+// the more pods there are. Every value is a JSON object or literal.
+func checkEnds(k, v []byte) error {
+	if len(v) == 0 || v[0] < ' ' || v[len(v)-1] < ' ' {
+		return notJSON(k)
+	}
+	return nil
+}
+
+// checkJSON reads the whole value.
+func checkJSON(k, v []byte) error {
+	if !json.Valid(v) {
+		return notJSON(k)
+	}
+	return nil
+}
+
+func notJSON(k []byte) error { return fmt.Errorf("%w: the value of %q is not JSON", errDamage, k) }
 
 // close releases file and lock.
 func (f *file) close() error {
@@ -161,7 +177,7 @@ func guarded(f func() error) (err error) {
 
 // replace puts an empty store in the place of one whose content makes no sense.
 // The lock is kept.
-func (f *file) replace(cause error, buckets ...[]byte) error {
+func (f *file) replace(cause error, l layout) error {
 	if err := guarded(f.db.Close); err != nil {
 		return errors.Join(cause, err)
 	}
@@ -170,7 +186,7 @@ func (f *file) replace(cause error, buckets ...[]byte) error {
 		return err
 	}
 	f.damaged = damaged
-	return f.openDB(context.Background(), buckets)
+	return f.openDB(context.Background(), l)
 }
 
 func (f *file) moveAside(cause error) (*Damaged, error) {

@@ -45,7 +45,7 @@ var (
 func KnownPath(stateDir string) string { return filepath.Join(stateDir, "peers.db") }
 
 func openKnown(ctx context.Context, stateDir string) (*file, error) {
-	return open(ctx, KnownPath(stateDir), recordsBucket, endpointsBucket, nodeBucket)
+	return open(ctx, KnownPath(stateDir), layout{buckets: [][]byte{recordsBucket, endpointsBucket, nodeBucket}, check: checkJSON})
 }
 
 // LoadKnown reads what the node knew last. A damaged file yields nothing known,

@@ -127,7 +127,7 @@ func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k
 		return applied, false, err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
-	all, err := st.All()
+	before, err := affected(st, at)
 	if d := st.Damaged(); d != nil {
 		warn("%v", d)
 	}
@@ -141,13 +141,24 @@ func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k
 	if err != nil || !ok || applied.Settings != reconcile.Digest(conf.Settings) {
 		return applied, false, err
 	}
-	// An ADD that is repeated applies its part again: the first may have been cut off.
-	others := slices.DeleteFunc(slices.Clone(all), sameAs(at))
-	if err := k.Apply(reconcile.PodChange(conf, applied.Prefixes, others, append(others, at))); err != nil {
+	after := append(slices.DeleteFunc(slices.Clone(before), sameAs(at)), at)
+	if err := k.Apply(reconcile.PodChange(conf, applied.Prefixes, before, after)); err != nil {
 		warn("pod %s: %v; applying the whole plan", at.ContainerID, err)
 		return applied, false, nil
 	}
 	return applied, true, nil
+}
+
+// affected returns the attachments that the plan before and after an ADD must be
+// made from for the two to differ by all that the ADD changes, and by nothing
+// less: an ADD that is repeated applies its part again, since the first may have
+// been cut off. All others matter only to one that takes addresses away.
+func affected(st *store.Attachments, at store.Attachment) ([]store.Attachment, error) {
+	old, there, err := st.Get(at.ContainerID, at.IfName)
+	if err == nil && (!there || slices.Equal(old.Addresses, at.Addresses)) {
+		return nil, nil
+	}
+	return st.All()
 }
 
 // wholePass plans from what the node knows of the mesh.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -159,7 +158,7 @@ const statusWait = 30 * time.Millisecond
 // podsAttached reports whether there are pods that could be cut off. A store
 // that is in use, or cannot be read, is taken to have some.
 func podsAttached(runDir string) bool {
-	if _, err := os.Stat(store.AttachmentsPath(runDir)); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(store.AttachmentsPath(runDir)); err != nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), statusWait)

@@ -35,8 +35,7 @@ func del(args *skel.CmdArgs) error {
 		}()
 		ctx, cancel := context.WithTimeout(context.Background(), delTimeout)
 		defer cancel()
-		gone := store.Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
-		done <- detach(ctx, config.RunDirOf(args.StdinData), validConfig(args.StdinData), sameAs(gone))
+		done <- detachOne(ctx, config.RunDirOf(args.StdinData), validConfig(args.StdinData), args.ContainerID, args.IfName)
 	}()
 	var err error
 	select {
@@ -60,10 +59,30 @@ func validConfig(stdin []byte) *config.Config {
 	return &conf
 }
 
+// detachOne is detach for one attachment. It does not read the others if it
+// needs nothing of the kernel.
+func detachOne(ctx context.Context, runDir string, conf *config.Config, containerID, ifname string) error {
+	return withStore(ctx, runDir, func(st *store.Attachments) error {
+		at, there, err := st.Get(containerID, ifname)
+		if err == nil && !there {
+			return nil
+		}
+		applied, ok, _ := st.Applied()
+		if err == nil && ok && conf != nil && len(reconcile.PodChange(*conf, applied.Prefixes, nil, []store.Attachment{at})) == 0 {
+			return st.Delete(at)
+		}
+		return detachFrom(st, conf, sameAs(store.Attachment{ContainerID: containerID, IfName: ifname}))
+	})
+}
+
 // detach removes the attachments that match, and takes back in the kernel the
 // addresses that no other attachment holds. Without a configuration only the
 // store is changed.
-func detach(ctx context.Context, runDir string, conf *config.Config, gone func(store.Attachment) bool) (err error) {
+func detach(ctx context.Context, runDir string, conf *config.Config, gone func(store.Attachment) bool) error {
+	return withStore(ctx, runDir, func(st *store.Attachments) error { return detachFrom(st, conf, gone) })
+}
+
+func withStore(ctx context.Context, runDir string, f func(*store.Attachments) error) error {
 	if _, err := os.Stat(store.AttachmentsPath(runDir)); errors.Is(err, fs.ErrNotExist) {
 		return nil // nothing was ever attached since this node booted
 	}
@@ -71,11 +90,15 @@ func detach(ctx context.Context, runDir string, conf *config.Config, gone func(s
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, st.Close()) }()
-	before, err := st.All()
+	err = f(st)
 	if d := st.Damaged(); d != nil {
 		warn("%v", d)
 	}
+	return errors.Join(err, st.Close())
+}
+
+func detachFrom(st *store.Attachments, conf *config.Config, gone func(store.Attachment) bool) error {
+	before, err := st.All()
 	if err != nil {
 		return err
 	}

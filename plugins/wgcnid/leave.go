@@ -29,14 +29,15 @@ func leaveCommand(o *options) *cobra.Command {
 		Long: `Tell the other nodes that this one leaves, end a running wgcnid, and remove the
 tunnel, its routes and its filters. Remove the wgcni entry from the network
 configuration first: as long as it is there, each new pod is given the filters
-again, and cluster traffic that cannot be encrypted is dropped.
+again, and cluster traffic that cannot be encrypted is dropped. leave then goes
+by the configuration that wgcnid ran with last.
 
 The node's key stays, so that it can join again as the same node; --purge
 deletes it too.`,
 		Example: "  wgcnid leave\n  wgcnid leave --purge   # delete the key as well",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := o.load()
+			c, err := o.loadLast()
 			if err != nil {
 				return err
 			}

@@ -31,7 +31,19 @@ type options struct {
 }
 
 func (o options) load() (config.Config, error) {
-	c, err := config.Load(o.configFile, o.cniDir)
+	return asRoot(config.Load(o.configFile, o.cniDir))
+}
+
+// loadLast is load for those commands that also make sense when the entry has
+// been taken out of the conflist.
+func (o options) loadLast() (config.Config, error) {
+	if o.configFile != "" {
+		return o.load()
+	}
+	return asRoot(config.LoadLast(o.cniDir))
+}
+
+func asRoot(c config.Config, err error) (config.Config, error) {
 	if os.IsPermission(err) {
 		return c, fmt.Errorf("%w: run it as root", err)
 	}

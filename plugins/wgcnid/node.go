@@ -148,7 +148,7 @@ func teardown(_ context.Context, c config.Config, k *kernel.Kernel, log *slog.Lo
 		return err
 	}
 	// What was known of the mesh would build the tunnel again at the next ADD.
-	for _, path := range []string{store.KnownPath(c.StateDir), store.KnownPath(c.StateDir) + ".lock"} {
+	for _, path := range []string{store.KnownPath(c.StateDir), store.KnownPath(c.StateDir) + ".lock", filepath.Join(c.StateDir, config.LastFile)} {
 		if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
 			return err
 		}

@@ -9,11 +9,14 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"syscall"
 
+	"github.com/google/renameio/v2"
 	"github.com/spf13/cobra"
 
+	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/kernel/userspace"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 )
@@ -67,6 +70,10 @@ func run(ctx context.Context, o options, log *slog.Logger) error {
 	loop, err := newLoop(o, c, k, log)
 	if err != nil {
 		return err
+	}
+	last := filepath.Join(c.StateDir, config.LastFile)
+	if err := renameio.WriteFile(last, c.Source, 0o600); err != nil {
+		log.Warn("cannot keep a copy of the configuration; `wgcnid leave` will need --config", "error", err)
 	}
 	log.Info("starting", "node", c.NodeName, "publicKey", loop.Key.String(), "interface", c.Interface,
 		"clusterCIDRs", c.ClusterCIDRs, "podCIDRs", c.PodCIDRs, "registry", loop.Registry.String())

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -108,7 +110,7 @@ const (
 )
 
 func readStatus(ctx context.Context, o options) (Status, error) {
-	c, err := o.load()
+	c, err := o.loadLast()
 	if err != nil {
 		return Status{}, err
 	}
@@ -184,6 +186,7 @@ func peerStatuses(o reconcile.Outcome, now time.Time) []PeerStatus {
 			State: peerState(p, ok, now),
 		})
 	}
+	slices.SortFunc(out, func(a, b PeerStatus) int { return cmp.Compare(a.Name, b.Name) })
 	return out
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -13,9 +12,7 @@ import (
 
 // readState prints all that wgcni could leave on a node: one kind of object a
 // line, so that two states can be compared by line. "linkdown" comes and goes
-// on its own, up to a second late; conf/all/send_redirects is left out because
-// the kernel's WireGuard clears it when an interface goes up, and never sets it
-// again (drivers/net/wireguard/device.c, wg_open).
+// on its own, up to a second late.
 const readState = `
 ip -4 rule | sed 's/^/rule4 /'
 ip -6 rule | sed 's/^/rule6 /'
@@ -26,7 +23,7 @@ ip -6 route show table all proto 119 | sed 's/^/ours6 /'
 nft -s list ruleset | sed 's/^/nft /'
 for link in /sys/class/net/*; do echo "link ${link##*/} mtu $(cat $link/mtu)"; done
 ip -o address | sed 's/^[0-9]*: /address /; s/ *valid_lft.*//'
-grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf | grep -v 'ipv4/conf/all/send_redirects' | sed 's/^/sysctl /'
+grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf | sed 's/^/sysctl /'
 find /run /etc/cni /var/lib/cni /var/lib/wgcni | sed 's/^/file /'
 cat /etc/cni/net.d/* | sed 's/^/conflist /'
 `
@@ -118,15 +115,10 @@ func leave(ctx context.Context, d *demo) (string, error) {
 // leaveNode takes the entry out of the conflist first, else new pods would be
 // given the filters again.
 func (d *demo) leaveNode(ctx context.Context, n *cluster.Node) error {
-	conflist, err := n.Conflist(cluster.NetworkOptions{})
-	if err != nil {
-		return err
-	}
 	if err := n.Configure(cluster.NetworkOptions{Plain: true}); err != nil {
 		return err
 	}
-	// leave can't find the entry any more, so it gets the old conflist.
-	_, err = n.Batch(ctx, conflist, filepath.Join(d.cluster.BinDir, "wgcnid"), "leave", "--purge", "--config", "/dev/stdin")
+	_, err := n.Wgcnid(ctx, "leave", "--purge")
 	return err
 }
 

@@ -71,8 +71,8 @@ var circumstances = []struct {
 		}
 		return b
 	})},
-	{name: "a value that is no JSON", lost: true, make: damagedValue("{no json")},
-	{name: "a value that is no attachment", lost: true, make: damagedValue(`["x"]`)},
+	{name: "a value that is no JSON", make: damagedValue("{no json")},
+	{name: "a value that is no attachment", make: damagedValue(`["x"]`)},
 	{name: "a run folder that never was", keys: map[string]any{"runDir": "/run/none"}, leave: true},
 	{name: "a file in the place of the run folder", keys: map[string]any{"runDir": "/etc/hostname"}, leave: true},
 	{name: "our lock held", leave: true, make: func(n *cluster.Node) (func() error, error) {

@@ -41,6 +41,10 @@ func (k *Kernel) apply(o mesh.Op) error {
 			return errNoLink
 		}
 		k.link.MTU, k.link.Up = o.MTU, true
+	case mesh.Greet:
+		if k.link.Name != o.Link {
+			return errNoLink
+		}
 	case mesh.RemoveLink:
 		if k.link.Name == o.Name {
 			k.dropLink()

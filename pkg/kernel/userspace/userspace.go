@@ -32,6 +32,9 @@ const readyFD = 3
 
 const ready = "ready\n"
 
+// readyEnv says that there is somebody at the other end of readyFD.
+const readyEnv = "WGCNI_TUNNEL_READY"
+
 // startTimeout bounds the wait for a tunnel process to be ready.
 const startTimeout = 10 * time.Second
 
@@ -52,9 +55,9 @@ func Start(name string, mtu int, logFile string) error {
 		return err
 	}
 	defer r.Close()
-	// By /proc, since the file may have been replaced by a newer version.
-	cmd := exec.Command("/proc/self/exe", Command, name, strconv.Itoa(mtu))
+	cmd := exec.Command(self(), Command, name, strconv.Itoa(mtu))
 	cmd.Args[0] = "wgcnid"
+	cmd.Env = append(os.Environ(), readyEnv+"=1")
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Dir = "/"
@@ -84,6 +87,22 @@ func Start(name string, mtu int, logFile string) error {
 		return fmt.Errorf("the tunnel process is not ready after %s: %w", startTimeout, err)
 	}
 	return errors.New("the tunnel process ended at once")
+}
+
+// self is the path of this program: by its name, which top and ps show, unless
+// the file has been replaced by another version meanwhile.
+func self() string {
+	const running = "/proc/self/exe"
+	path, err := os.Executable()
+	if err != nil {
+		return running
+	}
+	byName, err1 := os.Stat(path)
+	itself, err2 := os.Stat(running)
+	if err1 != nil || err2 != nil || !os.SameFile(byName, itself) {
+		return running
+	}
+	return path
 }
 
 // Run is the tunnel process. It returns when the device is gone or ctx ends.
@@ -130,8 +149,10 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 }
 
 func tellReady() {
-	if f := os.NewFile(readyFD, "ready"); f != nil {
-		_, _ = f.WriteString(ready) // started by hand there is nobody to tell
-		_ = f.Close()
+	if os.Getenv(readyEnv) == "" {
+		return // started by hand: there is nobody to tell
 	}
+	f := os.NewFile(readyFD, "ready")
+	_, _ = f.WriteString(ready) // a helper that has died needs no answer
+	_ = f.Close()
 }
