@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -13,8 +11,6 @@ import (
 	"github.com/containernetworking/cni/pkg/ns"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/kernel"
@@ -29,18 +25,11 @@ const addTimeout = 10 * time.Second
 // add records the pod and makes the node's plan hold for it. It talks to nobody
 // but the kernel and the node's own disk.
 func add(args *skel.CmdArgs) error {
-	conf, err := config.Parse(args.StdinData)
+	r, err := readRequest(args)
 	if err != nil {
 		return err
 	}
-	result, err := prevResult(args.StdinData)
-	if err != nil {
-		return err
-	}
-	at, err := attachment(conf, args, result)
-	if err != nil {
-		return err
-	}
+	conf, at, result := r.conf, r.at, r.result
 	if err := notOwnNetns(args); err != nil {
 		return err
 	}
@@ -179,69 +168,6 @@ func wholePass(ctx context.Context, conf config.Config, k *kernel.Kernel) (recon
 		return reconcile.Pass{}, err
 	}
 	return reconcile.Pass{Config: conf, Kernel: k, Known: known, Key: key, Context: mesh.Context{Now: now}}, nil
-}
-
-// prevResult is the result of the plugins before this one.
-func prevResult(stdin []byte) (*current.Result, error) {
-	var conf types.PluginConf
-	if err := json.Unmarshal(stdin, &conf); err != nil {
-		return nil, faultf(types.ErrDecodingFailure, "", fmt.Errorf("read the network configuration: %w", err))
-	}
-	if err := version.ParsePrevResult(&conf); err != nil {
-		return nil, faultf(types.ErrDecodingFailure, "", fmt.Errorf("prevResult: %w", err))
-	}
-	if conf.PrevResult == nil {
-		return nil, faultf(types.ErrInvalidNetworkConfig, "put it after the primary plugin in the list",
-			errors.New("prevResult: missing: wgcni is a chained plugin and gives no pod its address"))
-	}
-	result, err := current.NewResultFromResult(conf.PrevResult)
-	if err != nil {
-		return nil, faultf(types.ErrDecodingFailure, "", fmt.Errorf("prevResult: %w", err))
-	}
-	return result, nil
-}
-
-// attachment takes the pod's addresses on args.IfName from the result.
-func attachment(conf config.Config, args *skel.CmdArgs, result *current.Result) (store.Attachment, error) {
-	at := store.Attachment{
-		Network: conf.Name, ContainerID: args.ContainerID, IfName: args.IfName,
-		Sandbox: args.Netns, SandboxID: kernel.SandboxID(args.Netns), Pod: podName(args.Args),
-	}
-	inCluster := func(a netip.Addr) bool {
-		return slices.ContainsFunc(conf.ClusterCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
-	}
-	var outside []string
-	for _, a := range store.ResultAddresses(result, args.IfName) {
-		if inCluster(a) {
-			at.Addresses = append(at.Addresses, a)
-		} else {
-			outside = append(outside, a.String())
-		}
-	}
-	switch {
-	case len(at.Addresses) == 0 && len(outside) == 0:
-		return at, faultf(types.ErrInvalidNetworkConfig, "give the primary plugin an ipam section",
-			fmt.Errorf("prevResult: the primary plugin gave %s no address", args.IfName))
-	case len(at.Addresses) == 0 && conf.Encryption == mesh.Required:
-		return at, faultf(types.ErrInvalidNetworkConfig, "add the pods' range to clusterCIDRs, or chain wgcni to another network",
-			fmt.Errorf("clusterCIDRs: %v has none of the pod's addresses %s, so that nothing of this pod would be encrypted", conf.ClusterCIDRs, strings.Join(outside, ", ")))
-	case len(outside) > 0:
-		warn("pod %s: %s is not inside clusterCIDRs %v and stays unencrypted", args.ContainerID, strings.Join(outside, ", "), conf.ClusterCIDRs)
-	}
-	return at, nil
-}
-
-// podName is namespace/name as Kubernetes runtimes pass it in CNI_ARGS.
-func podName(args string) string {
-	values := map[string]string{}
-	for pair := range strings.SplitSeq(args, ";") {
-		key, value, _ := strings.Cut(pair, "=")
-		values[key] = value
-	}
-	if values["K8S_POD_NAME"] == "" {
-		return ""
-	}
-	return values["K8S_POD_NAMESPACE"] + "/" + values["K8S_POD_NAME"]
 }
 
 // sameAs matches the attachment of the same container and interface.

@@ -30,18 +30,11 @@ const convergence = 2 * time.Second
 
 // check compares the pod, and the node as far as pods depend on it, with the plan.
 func check(args *skel.CmdArgs) error {
-	conf, err := config.Parse(args.StdinData)
+	r, err := readRequest(args)
 	if err != nil {
 		return err
 	}
-	result, err := prevResult(args.StdinData)
-	if err != nil {
-		return err
-	}
-	want, err := attachment(conf, args, result)
-	if err != nil {
-		return err
-	}
+	conf, want := r.conf, r.at
 	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
 	defer cancel()
 	k, err := kernel.Open(kernel.Config{Interface: conf.Interface})

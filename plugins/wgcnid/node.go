@@ -90,7 +90,10 @@ func readReport(runDir string) (r reconcile.Report, err error) {
 // cachedAttachments reads libcni's result cache: pods that were there before
 // wgcni, or that a damaged store has lost.
 func cachedAttachments(c config.Config) ([]store.Attachment, error) {
-	cni := libcni.NewCNIConfig(nil, nil)
+	return adoptable(libcni.NewCNIConfig(nil, nil), c)
+}
+
+func adoptable(cni *libcni.CNIConfig, c config.Config) ([]store.Attachment, error) {
 	cached, err := cni.GetCachedAttachments("")
 	if err != nil {
 		return nil, err

@@ -16,7 +16,8 @@ func syncCommand(o *options) *cobra.Command {
 		Short: "Do once what `run` does all the time, and print what was changed",
 		Long: `Ask the registry once, publish this node's record, and make the kernel hold the
 plan. While wgcnid runs, sync leaves the registry to it and looks at the kernel only.`,
-		Args: cobra.NoArgs,
+		Example: "  wgcnid sync\n  wgcnid sync --config /etc/cni/net.d/10-pods.conflist",
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := o.load()
 			if err != nil {
