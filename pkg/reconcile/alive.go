@@ -24,9 +24,15 @@ func HoldHelperLock(runDir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	// A lock that others can ask about without taking it for a moment, as flock(2)
+	// would have them do: a helper that starts just then would be refused.
+	switch err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); {
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES): // fcntl(2) may return either
 		f.Close() //nolint:errcheck // nothing was written
 		return nil, fmt.Errorf("%w: %s is locked", ErrRunning, helperLock(runDir))
+	case err != nil:
+		f.Close() //nolint:errcheck // nothing was written
+		return nil, fmt.Errorf("lock %s: %w", helperLock(runDir), err)
 	}
 	return f, nil
 }
@@ -38,5 +44,6 @@ func HelperAlive(runDir string) bool {
 		return false
 	}
 	defer f.Close()
-	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+	lock := unix.Flock_t{Type: unix.F_RDLCK}
+	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock) == nil && lock.Type != unix.F_UNLCK
 }

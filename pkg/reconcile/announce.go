@@ -25,27 +25,40 @@ func (l *Loop) announce(now time.Time) {
 		return // its revision of our record is not known yet
 	}
 	self := l.known.Self
+	accepted := l.known.Records.Nodes[self.Name]
 	theirs, there := l.fresh.Nodes[self.Name]
 	if l.published != nil {
 		theirs, there = *l.published, true
 	}
-	if there && sameContent(theirs, self) {
+	// Else the registry was rolled back: the others refuse what it has of us.
+	current := there && theirs.Revision >= accepted.Revision
+	if current && sameContent(theirs, self) {
 		l.joined, l.rival = true, false
 		l.known.Self.Revision = theirs.Revision
 		return
 	}
-	if there && l.joined && !theirs.Left && theirs.PublicKey != self.PublicKey {
+	// Nobody but us raises our revision. A machine that was cloned has our key too.
+	foreign := theirs.PublicKey != self.PublicKey || theirs.Revision > self.Revision
+	if current && l.joined && !theirs.Left && foreign {
 		if !l.rival {
 			l.Log.Error("another node publishes under this node's name; its record stays", "name", self.Name, "mend", "set \"nodeName\" so that each node has its own")
 		}
 		l.rival = true
 		return
 	}
+	if l.rival && l.away != nil {
+		return // the other's record may well be there, out of our sight
+	}
 	if pending := l.publisher.pending(); pending != nil && sameContent(*pending, self) {
 		return
 	}
-	last := max(self.Revision, theirs.Revision, l.known.Records.Nodes[self.Name].Revision)
-	self.Revision = registry.NextRevision(last, now)
+	if sameContent(accepted, self) && accepted.Revision >= self.Revision {
+		// The registry may have lost it. If not, nothing changes there: thousands
+		// of nodes that all come back from an outage would wake each other.
+		self.Revision = accepted.Revision
+	} else {
+		self.Revision = registry.NextRevision(max(self.Revision, theirs.Revision, accepted.Revision), now)
+	}
 	l.known.Self.Revision = self.Revision
 	l.publisher.put(self)
 }
@@ -59,16 +72,24 @@ func sameContent(a, b registry.Record) bool {
 func (l *Loop) hearPublished(r publishResult) {
 	switch {
 	case r.err == nil:
-		l.joined = true
-		l.published = &r.record
+		l.joined, l.unpublished = true, ""
+		if r.record.Revision >= l.known.Records.Nodes[r.record.Name].Revision { // else the registry told of a later one meanwhile
+			l.published = &r.record
+		}
 		l.Log.Info("published", "registry", l.Registry.String(), "revision", r.record.Revision,
 			"prefixes", len(r.record.Prefixes), "pods", len(r.record.Pods))
 	case errors.Is(r.err, registry.ErrStale):
-		// Somebody was quicker; the registry's next word tells with what.
+		// Somebody was quicker; the registry's next word tells with what. Nothing is
+		// offered before: it may be our tombstone.
 		l.Log.Warn("record not published; trying again", "error", r.err)
-		l.known.Self.Revision = max(l.known.Self.Revision, staleKnown(r.err))
+		if l.fresh != nil && l.fresh.Nodes[r.record.Name].Revision < staleKnown(r.err) {
+			l.fresh, l.published = nil, nil
+		}
 	default:
-		l.Log.Warn("record not published; trying again", "registry", l.Registry.String(), "error", r.err)
+		if text := r.err.Error(); text != l.unpublished { // else it would be said every few seconds
+			l.Log.Warn("record not published; trying again", "registry", l.Registry.String(), "error", r.err)
+			l.unpublished = text
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,8 +25,7 @@ import (
 var ErrLeft = errors.New("this node was removed from the mesh")
 
 const (
-	// resyncInterval is how often everything is looked at although nothing has
-	// told of a change: WireGuard's peers change without a word.
+	// resyncInterval is Loop.Resync where it is not set.
 	resyncInterval = 10 * time.Second
 	// passGap is the least time between the starts of two passes, so that a
 	// storm of events costs a few passes and not one each. The first event after
@@ -45,7 +45,7 @@ type LoopKernel interface {
 }
 
 // Loop keeps a node's kernel as planned, and its record published, for ever.
-// All fields but Adopt and Report are required.
+// All fields but Adopt, Report and Resync are required.
 type Loop struct {
 	// Load reads the configuration; it is read again at every resync, since
 	// what it finds in other files (flannel's) may come later.
@@ -61,23 +61,27 @@ type Loop struct {
 	Adopt func(config.Config) ([]store.Attachment, error)
 	// Report is told after every pass how things stand.
 	Report func(Report)
+	// Resync is how often everything is looked at although nothing has told of a
+	// change, 10 s if it is zero: WireGuard's peers change without a word.
+	Resync time.Duration
 
-	config    config.Config
-	known     store.Known
-	saved     store.Known // what peers.db holds
-	underlay  kernel.Underlay
-	fresh     *registry.Snapshot // what the registry said last; nil before its first word
-	away      error              // why the registry cannot be read, nil if it can
-	awaySince time.Time
-	observed  *mesh.State // what the kernel holds as far as is known; nil: ask it
-	moved     map[wgtypes.Key]bool
-	joined    bool             // our record was in the registry at some time of this run
-	failing   string           // what the last pass failed with
-	refused   map[string]bool  // records that were refused in the last snapshot, and why
-	rival     bool             // somebody else publishes under our name
-	pods      []netip.Addr     // attached to this node, as of the last pass
-	published *registry.Record // what was published since the registry's last word
-	publisher *publisher
+	config      config.Config
+	known       store.Known
+	saved       store.Known // what peers.db holds
+	underlay    kernel.Underlay
+	fresh       *registry.Snapshot // what the registry said last; nil before its first word
+	away        error              // why the registry cannot be read, nil if it can
+	awaySince   time.Time
+	observed    *mesh.State // what the kernel holds as far as is known; nil: ask it
+	moved       map[wgtypes.Key]bool
+	joined      bool             // our record was in the registry at some time of this run
+	failing     string           // what the last pass failed with
+	unpublished string           // what the last attempt to publish failed with
+	refused     map[string]bool  // records that were refused in the last snapshot, and why
+	rival       bool             // somebody else publishes under our name
+	pods        []netip.Addr     // attached to this node, as of the last pass
+	published   *registry.Record // what was published since the registry's last word
+	publisher   *publisher
 }
 
 // Report is how things stand after a pass.
@@ -108,7 +112,7 @@ func (l *Loop) Run(ctx context.Context) error {
 	resolved := make(chan struct{}, 1)
 	l.Resolver.Changed = func() { poke(resolved) }
 	l.publisher = newPublisher(ctx, l.Registry)
-	resync := time.NewTicker(resyncInterval)
+	resync := time.NewTicker(cmp.Or(l.Resync, resyncInterval))
 	defer resync.Stop()
 	wake := time.NewTimer(0) // the first pass is due at once
 	due, last := true, time.Time{}
@@ -255,6 +259,11 @@ func (l *Loop) hear(u registry.Update) {
 	}
 	l.refused = refused
 	l.known.Records, l.fresh, l.published = merged, &u.Snapshot, nil
+	if ours := merged.Nodes[l.config.NodeName]; ours.Left && !l.joined && ours.Revision > l.known.Self.Revision {
+		// We were forgotten while we were away, and may have lost our prefixes to
+		// others. Joining again begins anew.
+		l.known.Self = ours
+	}
 }
 
 // resync looks at everything anew.
@@ -287,10 +296,12 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Observed: l.observed,
 		Context: mesh.Context{Now: now, Moved: l.moved},
 	}.Run(ctx)
-	l.logOps(o.Ops)
+	if err == nil || err.Error() != l.failing { // else they would be said every second
+		l.logOps(o.Ops)
+	}
 	if err != nil {
 		l.observed = nil
-		if text := err.Error(); text != l.failing { // else it would be said every second
+		if text := err.Error(); text != l.failing {
 			l.Log.Error("pass failed; trying again every second", "error", err)
 			l.failing = text
 		}

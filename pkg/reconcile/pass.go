@@ -131,12 +131,12 @@ func (p Pass) Run(ctx context.Context) (Outcome, error) {
 	if err != nil {
 		return o, err
 	}
-	if local, _ := mesh.Split(o.Ops); len(local) > 0 {
+	if local, _ := split(o.Ops); len(local) > 0 {
 		if err := p.applyLocal(ctx, &o); err != nil {
 			return o, err
 		}
 	}
-	_, others := mesh.Split(o.Ops)
+	_, others := split(o.Ops)
 	err = p.Kernel.Apply(others)
 	if err == nil || errors.Is(err, kernel.ErrNoWireGuard) {
 		err = errors.Join(err, p.recordApplied(ctx))
@@ -160,8 +160,31 @@ func (p Pass) applyLocal(ctx context.Context, o *Outcome) (err error) {
 			return err
 		}
 	}
-	local, _ := mesh.Split(o.Ops)
+	local, _ := split(o.Ops)
 	return p.Kernel.Apply(local)
+}
+
+// split is mesh.Split, but where single pods are given up their range goes with
+// them: one that was found just now has to be there before they go.
+func split(ops []mesh.Op) (local, others []mesh.Op) {
+	givesUp := slices.ContainsFunc(ops, func(o mesh.Op) bool {
+		pods, ok := o.(mesh.SetFilterPods)
+		_, route := o.(mesh.RemoveRoute)
+		return ok && len(pods.Remove) > 0 || route && mesh.Local(o)
+	})
+	if !givesUp {
+		return mesh.Split(ops)
+	}
+	for _, o := range ops {
+		_, filter := o.(mesh.SetFilter)
+		route, ok := o.(mesh.SetRoute)
+		if mesh.Local(o) || filter || ok && route.Route.Type == mesh.Throw {
+			local = append(local, o)
+		} else {
+			others = append(others, o)
+		}
+	}
+	return local, others
 }
 
 // recordApplied lets the plugin's verbs take the short way from now on.

@@ -207,6 +207,8 @@ func peerState(p mesh.Peer, present bool, now time.Time) string {
 // verdict answers the one question that people have.
 func verdict(s Status, c config.Config) (bool, string) {
 	switch {
+	case s.PublicKey == "" && c.Encryption == mesh.Preferred:
+		return false, "Pod traffic is NOT encrypted: this node has not joined yet. Start wgcnid."
 	case s.PublicKey == "":
 		return false, "Pod traffic to other nodes is dropped: this node has not joined yet. Start wgcnid."
 	case s.Interface == nil && c.Encryption == mesh.Required:

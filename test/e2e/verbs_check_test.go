@@ -11,6 +11,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/wgcni/wgcni/pkg/reconcile"
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
@@ -108,12 +109,12 @@ func TestCHECK(t *testing.T) {
 		mustRun(t, n, "ip", "rule", "delete", "priority", "110")
 		mustRun(t, n, "ip", "route", "flush", "type", "unreachable", "table", "30567")
 		// The helper's absence is said first; let somebody else look like it.
-		release, err := lockFile(n.Path("/run/wgcni/wgcnid.lock"))
+		lock, err := reconcile.HoldHelperLock(n.Path("/run/wgcni"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		r := checkPod(t, p, nil)
-		if err := release(); err != nil {
+		if err := lock.Close(); err != nil {
 			t.Fatal(err)
 		}
 		mustFail(t, r, 100, "ip rule add ipv4 priority 110 not fwmark 0x4/0x4 lookup 30567", "unreachable 10.244.0.0/16")

@@ -1,0 +1,292 @@
+package reconcile_test
+
+import (
+	"errors"
+	"net/netip"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/kernel/kerneltest"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// plannedAlone is planned without the pod outside of the prefix.
+var plannedAlone = strings.NewReplacer("ip route throw 10.244.200.7/32 table 77\n", "", "nft set pods 10.244.200.7\n", "").Replace(planned)
+
+func TestLoopJoins(t *testing.T) {
+	n := newNode(t, record("b"), tombstone("c", 3))
+	n.joins()
+	n.holds(plannedAlone)
+	rec := n.announced("the record", anyRecord)
+	want := registry.Record{
+		Name: "a", PublicKey: keyA, Endpoints: []string{"192.0.2.1:51820"}, Addresses: addrs("192.0.2.1"),
+		Prefixes: claims(rec.Since, "10.244.1.0/24"), Since: rec.Since, Revision: rec.Revision,
+	}
+	if diff := cmp.Diff(want, rec, byValue); diff != "" {
+		t.Errorf("record (-want +got):\n%s", diff)
+	}
+	if since := time.Since(rec.Since); since < 0 || since > patience {
+		t.Errorf("member since %v", rec.Since)
+	}
+	if r := n.report(); r.Error != "" || r.RegistryError != "" || len(r.Conflicts) != 0 || r.Rival {
+		t.Errorf("report %+v", r)
+	}
+	if got := applied(t, n.config); got.MTU != 1440 {
+		t.Errorf("applied %+v", got)
+	}
+}
+
+// What is on the disk is what is known, so that the node comes up after a reboot.
+func TestLoopSaves(t *testing.T) {
+	n := newNode(t, record("b"), tombstone("c", 3))
+	own := n.joins()
+	eventually(t, "the own record to be saved", func() bool { return n.saved().Self.Equal(own) })
+	want := store.Known{
+		Self: own, Records: registry.NewSnapshot(own, record("b"), tombstone("c", 3)),
+		Endpoints: map[string]netip.AddrPort{"b": netip.MustParseAddrPort("192.0.2.2:51820")}, MTU: 1440,
+	}
+	if got := n.saved(); !got.Equal(want) {
+		t.Errorf("saved (-want +got):\n%s", cmp.Diff(want, got, byValue))
+	}
+	n.registry.put(tombstone("b", 11))
+	eventually(t, "the tombstone to be saved", func() bool {
+		got := n.saved()
+		return got.Records.Nodes["b"].Left && len(got.Endpoints) == 0
+	})
+}
+
+func TestLoopFollowsRegistry(t *testing.T) {
+	n := newNode(t)
+	n.joins()
+	n.registry.put(record("b"))
+	n.holds("peer b endpoint 192.0.2.2:51820 allowed-ips 10.244.2.0/24", "ip route 10.244.2.0/24 dev wgcni0")
+	more := record("b")
+	more.Revision, more.Prefixes = 11, claims(epoch, "10.244.2.0/24", "10.244.9.0/24")
+	n.registry.put(more)
+	n.holds("allowed-ips 10.244.2.0/24,10.244.9.0/24")
+	// cilium#25492: a key change was filtered out as "no change".
+	rekeyed := more
+	rekeyed.Revision, rekeyed.PublicKey = 12, [32]byte{5}
+	n.registry.put(rekeyed)
+	n.holds("peer e endpoint 192.0.2.2:51820 allowed-ips 10.244.2.0/24,10.244.9.0/24")
+	n.lacks("peer b")
+	n.registry.put(tombstone("b", 13))
+	n.lacks("peer")
+	n.lacks("10.244.2.0/24")
+}
+
+func TestLoopFollowsStore(t *testing.T) {
+	n := newNode(t, record("b"))
+	n.joins()
+	put(t, n.config, pod("x", outsider))
+	n.holds("nft set pods 10.244.200.7", "ip route throw 10.244.200.7/32")
+	n.announced("the pod", func(r registry.Record) bool { return len(r.Pods) == 1 && r.Pods[0].Prefix.Addr() == outsider })
+	put(t, n.config, pod("y", neighbour))
+	n.announced("both merged", func(r registry.Record) bool {
+		return len(r.Pods) == 1 && r.Pods[0].Prefix == netip.MustParsePrefix("10.244.200.6/31")
+	})
+	inStore(t, n.config, func(st *store.Attachments) error { return st.Delete(pod("x"), pod("y")) })
+	n.announced("neither", func(r registry.Record) bool { return len(r.Pods) == 0 })
+	n.lacks("10.244.200.7")
+}
+
+// The tunnel's process dies, interface and routes vanish (flannel, any userspace
+// WireGuard): the traffic does not follow the default route, and the tunnel comes back.
+func TestLoopFollowsKernel(t *testing.T) {
+	n := newNode(t, record("b"))
+	n.joins()
+	n.holds(plannedAlone)
+	n.kernel.KillTunnel()
+	local, remote := netip.MustParseAddr("10.244.1.5"), netip.MustParseAddr("10.244.2.5")
+	if got := n.kernel.Verdict(local, remote); got == kerneltest.Plaintext {
+		t.Error("plaintext leaves while there is no tunnel")
+	}
+	n.tell(kernel.Event{Ours: true})
+	n.holds(plannedAlone)
+	n.kernel.BreakFilter()
+	n.tell(kernel.Event{Ours: true})
+	n.holds(plannedAlone)
+}
+
+func TestLoopFollowsUnderlay(t *testing.T) {
+	n := newNode(t)
+	n.joins()
+	n.kernel.set(func(k *fakeKernel) { k.underlay = underlay("192.0.2.77") })
+	n.tell(kernel.Event{Underlay: true})
+	n.announced("the new address", func(r registry.Record) bool { return r.Endpoints[0] == "192.0.2.77:51820" })
+	n.kernel.set(func(k *fakeKernel) { k.underlay.MTU = 9001 })
+	n.tell(kernel.Event{Underlay: true})
+	n.holds("mtu 8941")
+}
+
+// flannel writes its subnet file when it starts, perhaps after us.
+func TestLoopFollowsConfiguration(t *testing.T) {
+	n := newNode(t)
+	n.resync = shortResync
+	n.config.PodCIDRs = nil
+	n.joins()
+	n.configure(func(c *config.Config) { c.PodCIDRs = prefixes("10.244.1.0/24"); c.RunDir = "/nowhere" })
+	n.announced("the range", func(r registry.Record) bool { return len(r.Prefixes) == 1 })
+	n.holds("nft set local 10.244.1.0/24", "ip address 10.244.1.0/32 dev wgcni0")
+}
+
+func TestLoopResolvesNames(t *testing.T) {
+	named := record("b")
+	named.Endpoints = []string{"b.example.org:51820"}
+	n := newNode(t, named)
+	n.names.gate = make(chan struct{})
+	n.names.set("b.example.org", addrs("192.0.2.2")...)
+	n.joins()
+	n.holds("peer b allowed-ips 10.244.2.0/24") // b may call us meanwhile
+	close(n.names.gate)
+	n.holds("peer b endpoint 192.0.2.2:51820")
+}
+
+// A peer that roamed and talks to us stays where it is (the mesh of
+// cilium#36491 lost it), until its record says that it has moved.
+func TestLoopEndpoints(t *testing.T) {
+	n := newNode(t, record("b"))
+	n.resync = shortResync
+	n.joins()
+	n.holds("peer b endpoint 192.0.2.2:51820")
+	n.kernel.Roam([32]byte{2}, netip.MustParseAddrPort("203.0.113.2:4000"), time.Now())
+	n.quiet()
+	n.holds("peer b endpoint 203.0.113.2:4000")
+	moved := record("b")
+	moved.Revision, moved.Endpoints = 11, []string{"192.0.2.99:51820"}
+	n.registry.put(moved)
+	n.holds("peer b endpoint 192.0.2.99:51820")
+}
+
+func TestLoopAppliesAgain(t *testing.T) {
+	n := newNode(t, record("b"))
+	refused := errors.New("operation not permitted")
+	n.kernel.onApply = func(ops []mesh.Op) error {
+		for _, op := range ops {
+			if _, ok := op.(mesh.SetPeer); ok {
+				return refused
+			}
+		}
+		return nil
+	}
+	n.start()
+	eventually(t, "three attempts", func() bool { return len(n.kernel.calls()) >= 4 }) // the first in two parts
+	if failed, ops := n.log.count("pass failed"), n.log.count("apply"); failed != 1 || ops > 20 {
+		t.Errorf("the failure was logged %d times, ops %d times:\n%s", failed, ops, n.log)
+	}
+	if r := n.report(); r.Error != refused.Error() {
+		t.Errorf("reported %q, want %q", r.Error, refused)
+	}
+	n.kernel.set(func(k *fakeKernel) { k.onApply = nil })
+	n.holds(plannedAlone)
+	eventually(t, "a report without an error", func() bool { return n.report().Error == "" })
+}
+
+// Rules were churned for ever because what was read back looked different (felix
+// 3d5b83b). Whatever is looked at again: where nothing changes, nothing is done.
+func TestLoopIsQuiet(t *testing.T) {
+	n := newNode(t, record("b"), record("c"), tombstone("d", 3))
+	n.resync = shortResync
+	put(t, n.config, pod("x", outsider), pod("y", addrs("10.244.1.9")...))
+	n.joins()
+	n.quiet()
+	n.tell(kernel.Event{Ours: true, Underlay: true})
+	n.registry.set(func(*fakeRegistry) {}) // told again of the same
+	ops := len(n.kernel.calls())
+	put(t, n.config, pod("z", addrs("10.244.1.10")...)) // inside the prefix: nothing to do
+	n.quiet()
+	if got := len(n.kernel.calls()); got != ops {
+		t.Errorf("%d more Applies", got-ops)
+	}
+}
+
+func TestLoopEnds(t *testing.T) {
+	before := runtime.NumGoroutine()
+	n := newNode(t, record("b"))
+	n.joins()
+	n.holds(plannedAlone)
+	rec, _ := n.registry.get("a")
+	n.stop()
+	if diff := cmp.Diff(plannedAlone, n.kernel.String()); diff != "" {
+		t.Errorf("the kernel was touched (-want +got):\n%s", diff)
+	}
+	if after, _ := n.registry.get("a"); !after.Equal(rec) {
+		t.Errorf("the registry was touched: %+v", after)
+	}
+	eventually(t, "the goroutines to end", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// A registry that hangs does not keep the helper from ending.
+func TestLoopEndsWhileRegistryIsAway(t *testing.T) {
+	before := runtime.NumGoroutine()
+	n := newNode(t)
+	n.registry.away = errAway
+	n.start()
+	eventually(t, "attempts to publish", func() bool { return len(n.registry.publications()) > 2 })
+	n.stop()
+	eventually(t, "the goroutines to end", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+func TestLoopCannotBegin(t *testing.T) {
+	n := newNode(t)
+	loop, broken := n.loop(), errors.New("no such file")
+	loop.Load = func() (config.Config, error) { return config.Config{}, broken }
+	if err := loop.Run(t.Context()); !errors.Is(err, broken) {
+		t.Errorf("Run: %v, want %v", err, broken)
+	}
+	if _, err := loop.Once(t.Context(), true); !errors.Is(err, broken) {
+		t.Errorf("Once: %v, want %v", err, broken)
+	}
+}
+
+func TestOnce(t *testing.T) {
+	for _, publish := range []bool{true, false} {
+		n := newNode(t, record("b"))
+		o, err := n.loop().Once(t.Context(), publish)
+		if err != nil || len(o.Ops) == 0 {
+			t.Fatalf("publish %v: %d ops, error %v", publish, len(o.Ops), err)
+		}
+		if _, there := n.registry.get("a"); there != publish {
+			t.Errorf("publish %v: in the registry %v", publish, there)
+		}
+		if peer := strings.Contains(n.kernel.String(), "peer b"); peer != publish {
+			t.Errorf("publish %v: has a peer from the registry: %v", publish, peer)
+		}
+		if o, err = n.loop().Once(t.Context(), publish); err != nil || len(o.Ops) != 0 {
+			t.Errorf("publish %v, again: error %v, ops\n%s", publish, err, mesh.Text(o.Ops))
+		}
+	}
+	n := newNode(t)
+	n.registry.away = errAway
+	o, err := n.loop().Once(t.Context(), true)
+	if !errors.Is(err, errAway) || len(o.Ops) == 0 {
+		t.Errorf("without a registry: %d ops, error %v; want the kernel's part done and %v", len(o.Ops), err, errAway)
+	}
+}
+
+// Both ends of what the report tells of claims: whose, what and why.
+func TestLoopReports(t *testing.T) {
+	thief := record("c")
+	thief.Prefixes = claims(at(1), "10.244.2.0/25")
+	n := newNode(t, record("b"), thief)
+	n.registry.invalid = map[string]error{"Z": errors.New("record \"Z\": name: bad")}
+	n.joins()
+	eventually(t, "the conflict", func() bool { return len(n.report().Conflicts) == 1 })
+	want := reconcile.Report{
+		Conflicts: []mesh.Conflict{{Node: "c", What: "10.244.2.0/25", Reason: "b has held 10.244.2.0/24 longer"}},
+		Invalid:   []string{"Z: record \"Z\": name: bad"},
+	}
+	if diff := cmp.Diff(want, n.report(), cmpopts.IgnoreFields(reconcile.Report{}, "At")); diff != "" {
+		t.Errorf("report (-want +got):\n%s", diff)
+	}
+}

@@ -1,0 +1,307 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"maps"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/reconcile"
+)
+
+var (
+	now           = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	keyA          = wgtypes.Key{1}
+	keyB          = wgtypes.Key{2}
+	podsB         = []netip.Prefix{netip.MustParsePrefix("10.244.2.0/24")}
+	placeB        = netip.MustParseAddrPort("192.0.2.2:51820")
+	exampleConfig = config.Config{NodeName: "a", Settings: mesh.Settings{Interface: "wgcni0"}}
+)
+
+// observedPeer is b as the kernel shows it.
+func observedPeer(change func(*mesh.Peer)) mesh.Peer {
+	p := mesh.Peer{
+		PublicKey: keyB, Endpoint: placeB, AllowedIPs: podsB,
+		LastHandshake: now.Add(-42 * time.Second), ReceiveBytes: 1 << 20, TransmitBytes: 1536,
+	}
+	change(&p)
+	return p
+}
+
+// newStatus is the status of node a, which plans the peer b and has these.
+func newStatus(has ...mesh.Peer) Status {
+	o := reconcile.Outcome{Observed: mesh.State{Peers: has}}
+	o.Plan.Peers = []mesh.Peer{{Name: "b", PublicKey: keyB, Endpoint: placeB, AllowedIPs: podsB}}
+	return Status{
+		Time: now, Node: "a", PublicKey: keyA.String(), Helper: true, Registry: "file:/srv/shared/mesh.json",
+		Interface: &LinkStatus{Name: "wgcni0", MTU: 1440, Up: true, ListenPort: 51820},
+		Pods:      3, Prefixes: []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}, Peers: peerStatuses(o, now),
+	}
+}
+
+func connected() Status { return newStatus(observedPeer(func(*mesh.Peer) {})) }
+
+const head = `
+node       a, 3 pods, prefixes 10.244.1.0/24
+interface  wgcni0, UDP port 51820, MTU 1440, public key AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=
+helper     running
+registry   file:/srv/shared/mesh.json
+dropped    0 plaintext packets on their way out, 0 on their way in
+
+`
+
+const connectedTable = `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT      PREFIXES       STATE
+b     192.0.2.2:51820  42s ago    1.00 MiB  1.50 KiB  10.244.2.0/24  connected
+`
+
+func TestPrintStatus(t *testing.T) {
+	const encrypted = "Pod traffic to all 1 other nodes is encrypted; nothing leaves in the clear.\n"
+	preferred := exampleConfig
+	preferred.Encryption = mesh.Preferred
+	for _, tt := range []struct {
+		name   string
+		config config.Config
+		status func() Status
+		ok     bool
+		want   string
+	}{
+		{"connected", exampleConfig, connected, true, encrypted + head + connectedTable},
+		{"no peers", exampleConfig, func() Status {
+			s := newStatus()
+			s.Peers = []PeerStatus{}
+			return s
+		}, true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear.\n" + head +
+			"PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE\n"},
+		{"idle", exampleConfig, func() Status {
+			return newStatus(observedPeer(func(p *mesh.Peer) { p.LastHandshake = now.Add(-time.Hour) }))
+		}, true, encrypted + head + `PEER  ENDPOINT         HANDSHAKE   RECEIVED  SENT      PREFIXES       STATE
+b     192.0.2.2:51820  1h0m0s ago  1.00 MiB  1.50 KiB  10.244.2.0/24  idle
+`},
+		{"never a handshake", exampleConfig, func() Status {
+			return newStatus(observedPeer(func(p *mesh.Peer) {
+				p.LastHandshake, p.ReceiveBytes, p.TransmitBytes = time.Time{}, 0, 148
+			}))
+		}, true, encrypted + head + `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT   PREFIXES       STATE
+b     192.0.2.2:51820  never      0 B       148 B  10.244.2.0/24  no handshake
+`},
+		{"behind NAT", exampleConfig, func() Status {
+			return newStatus(observedPeer(func(p *mesh.Peer) {
+				*p = mesh.Peer{PublicKey: keyB, AllowedIPs: podsB}
+			}))
+		}, true, encrypted + head + `PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES       STATE
+b     -         never      0 B       0 B   10.244.2.0/24  no endpoint
+`},
+		{"missing peer", exampleConfig, func() Status {
+			s := newStatus()
+			s.Pending = []string{"wg set wgcni0 peer x"}
+			return s
+		}, false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs.\n" + head + `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT  PREFIXES       STATE
+b     192.0.2.2:51820  never      0 B       0 B   10.244.2.0/24  missing
+pending: wg set wgcni0 peer x
+`},
+		{"helper not running", exampleConfig, func() Status {
+			s := connected()
+			s.Helper = false
+			return s
+		}, true, encrypted + strings.Replace(head, "running", "NOT running: traffic flows, changes are not followed", 1) + connectedTable},
+		{"registry away", exampleConfig, func() Status {
+			s := connected()
+			s.Report = &reconcile.Report{RegistryError: "no such folder", RegistrySince: now.Add(-time.Hour)}
+			return s
+		}, true, encrypted + strings.Replace(head, "mesh.json", "mesh.json, away since 2026-01-02 02:04:05: no such folder", 1) + connectedTable},
+		{"conflicts", exampleConfig, func() Status {
+			s := connected()
+			s.Dropped.Out.Packets, s.Dropped.In.Packets = 7, 1
+			s.Report = &reconcile.Report{
+				Conflicts: []mesh.Conflict{{Node: "c", What: "10.244.2.0/25", Reason: "b has held 10.244.2.0/24 longer"}},
+				Invalid:   []string{"d: revision: 0"}, Rival: true,
+			}
+			return s
+		}, true, encrypted + strings.Replace(head, "0 plaintext packets on their way out, 0", "7 plaintext packets on their way out, 1", 1) + connectedTable +
+			`conflict: c: 10.244.2.0/25 refused: b has held 10.244.2.0/24 longer
+invalid record: d: revision: 0
+conflict: another node publishes as a: set "nodeName" so that each node has its own
+`},
+		{
+			"preferred", preferred, connected, true,
+			"Pod traffic to 1 joined nodes is encrypted; to all others it flows in the clear (encryption is \"preferred\").\n" + head + connectedTable,
+		},
+		{"not joined", exampleConfig, func() Status {
+			s := newStatus()
+			s.PublicKey, s.Interface, s.Peers, s.Helper, s.Prefixes = "", nil, nil, false, nil
+			return s
+		}, false, `Pod traffic to other nodes is dropped: this node has not joined yet. Start wgcnid.
+
+node       a, 3 pods, prefixes none
+helper     NOT running: traffic flows, changes are not followed
+registry   file:/srv/shared/mesh.json
+dropped    0 plaintext packets on their way out, 0 on their way in
+
+PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE
+`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := tt.status()
+			s.Encryption = tt.config.Encryption
+			s.OK, s.Verdict = verdict(s, tt.config)
+			var b strings.Builder
+			if err := printStatus(&b, s, false); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, b.String()); diff != "" {
+				t.Errorf("status (-want +got):\n%s", diff)
+			}
+			if s.OK != tt.ok {
+				t.Errorf("ok is %v, want %v", s.OK, tt.ok)
+			}
+		})
+	}
+}
+
+// A tunnel that is gone is never called encrypted.
+func TestVerdictWithoutInterface(t *testing.T) {
+	for encryption, want := range map[mesh.Encryption]string{
+		mesh.Required:  "Pod traffic to other nodes is dropped: interface wgcni0 is missing. Is wgcnid running?",
+		mesh.Preferred: "Pod traffic is NOT encrypted: interface wgcni0 is missing. Is wgcnid running?",
+	} {
+		c, s := exampleConfig, connected()
+		c.Encryption, s.Interface = encryption, nil
+		if ok, got := verdict(s, c); ok || got != want {
+			t.Errorf("%v: ok %v, %q, want %q", encryption, ok, got, want)
+		}
+		s.PublicKey = ""
+		want, _, _ = strings.Cut(want, ":")
+		if ok, got := verdict(s, c); ok || got != want+": this node has not joined yet. Start wgcnid." {
+			t.Errorf("%v, not joined: ok %v, %q", encryption, ok, got)
+		}
+	}
+}
+
+// A clock that was set back makes no peer look lost, and prints no negative age.
+func TestHandshakeInTheFuture(t *testing.T) {
+	s := newStatus(observedPeer(func(p *mesh.Peer) { p.LastHandshake = now.Add(time.Minute) }))
+	if s.Peers[0].State != stateConnected || ago(now, s.Peers[0].LastHandshake) != "0s ago" {
+		t.Errorf("%s, %s", s.Peers[0].State, ago(now, s.Peers[0].LastHandshake))
+	}
+}
+
+func TestPeersAreSorted(t *testing.T) {
+	var o reconcile.Outcome
+	for i, name := range []string{"c", "a", "b"} { // a plan has them by key
+		o.Plan.Peers = append(o.Plan.Peers, mesh.Peer{Name: name, PublicKey: wgtypes.Key{byte(i)}})
+	}
+	var names []string
+	for _, p := range peerStatuses(o, now) {
+		names = append(names, p.Name)
+	}
+	if !slices.IsSorted(names) {
+		t.Errorf("peers %v", names)
+	}
+}
+
+// The keys of the JSON form are what scripts rely on; an added one is added here.
+func TestStatusJSON(t *testing.T) {
+	private, err := identity.LoadOrCreate(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := connected()
+	s.PublicKey = private.Public().String()
+	s.Pending = []string{mesh.ConfigureLink{Link: mesh.Link{Name: "wgcni0", PublicKey: private.Public()}}.String()}
+	s.Report = &reconcile.Report{At: now, Conflicts: []mesh.Conflict{{Node: "c"}}}
+	var out bytes.Buffer
+	if err := printStatus(&out, s, true); err != nil {
+		t.Fatal(err)
+	}
+	text := out.String()
+	if strings.Contains(text, private.Reveal().String()) {
+		t.Error("the private key is printed")
+	}
+	if !strings.Contains(text, s.PublicKey) || !strings.Contains(text, "(hidden)") {
+		t.Errorf("no public key, or no sign of a hidden one:\n%s", text)
+	}
+	var top map[string]any
+	if err := json.Unmarshal(out.Bytes(), &top); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		what  string
+		value any
+		want  string
+	}{
+		{"status", top, "encryption helperRunning interface node ok peers pending plaintextDropped pods prefixes publicKey registry report time verdict"},
+		{"peer", top["peers"].([]any)[0], "allowedIPs endpoint lastHandshake name publicKey receiveBytes state transmitBytes"},
+		{"interface", top["interface"], "listenPort mtu name up"},
+		{"report", top["report"], "at conflicts"},
+		{"plaintextDropped", top["plaintextDropped"], "in out"},
+	} {
+		keys := slices.Sorted(maps.Keys(tt.value.(map[string]any)))
+		if diff := cmp.Diff(tt.want, strings.Join(keys, " ")); diff != "" {
+			t.Errorf("keys of %s (-want +got):\n%s", tt.what, diff)
+		}
+	}
+}
+
+// Scripts iterate over .peers: it is a list even where there are none.
+func TestStatusJSONOfNothing(t *testing.T) {
+	var out bytes.Buffer
+	if err := printStatus(&out, Status{Peers: peerStatuses(reconcile.Outcome{}, now)}, true); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"peers": []`, `"interface": null`, `"encryption": "required"`} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %s in\n%s", want, &out)
+		}
+	}
+}
+
+func TestSize(t *testing.T) {
+	for n, want := range map[int64]string{
+		0: "0 B", 1: "1 B", 1023: "1023 B", 1024: "1.00 KiB", 1536: "1.50 KiB", 1 << 20: "1.00 MiB",
+		5 << 30: "5.00 GiB", 1 << 40: "1.00 TiB", 1 << 50: "1.00 PiB", math.MaxInt64: "8192.00 PiB",
+	} {
+		if got := size(n); got != want {
+			t.Errorf("size(%d) = %s, want %s", n, got, want)
+		}
+	}
+}
+
+func TestAgo(t *testing.T) {
+	for then, want := range map[time.Time]string{
+		{}:                                      "never",
+		now:                                     "0s ago",
+		now.Add(-1400 * time.Millisecond):       "1s ago",
+		now.Add(-125 * time.Second):             "2m5s ago",
+		now.Add(-26*time.Hour - 30*time.Second): "26h0m30s ago",
+	} {
+		if got := ago(now, then); got != want {
+			t.Errorf("ago(%v) = %s, want %s", then, got, want)
+		}
+	}
+}
+
+func TestList(t *testing.T) {
+	all := []netip.Prefix{}
+	for i := range 6 {
+		all = append(all, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i), 0}), 24))
+	}
+	for n, want := range map[int]string{
+		0: "none", 1: "10.0.0.0/24", 4: "10.0.0.0/24 10.0.1.0/24 10.0.2.0/24 10.0.3.0/24",
+		6: "10.0.0.0/24 10.0.1.0/24 10.0.2.0/24 10.0.3.0/24 and 2 more",
+	} {
+		if got := list(all[:n]); got != want {
+			t.Errorf("list of %d = %q, want %q", n, got, want)
+		}
+	}
+}
