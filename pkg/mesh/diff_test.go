@@ -23,7 +23,7 @@ func diffText(observed, planned mesh.State, c mesh.Context) string {
 	return s
 }
 
-// DESIGN §5: a peer's roamed endpoint with a fresh handshake is left alone.
+// a peer's roamed endpoint with a fresh handshake is left alone.
 func TestDiffEndpoint(t *testing.T) {
 	facts := mesh.Facts{Settings: settings("10.244.0.0/16"), Self: node("a", 1), Nodes: []mesh.Node{node("b", 2)}}
 	planned := mesh.NewPlan(facts).State
@@ -42,7 +42,7 @@ func TestDiffEndpoint(t *testing.T) {
 		{"roamed, stale", roamed, mesh.HandshakeFresh, false, set},
 		{"never shook hands", roamed, 0, false, set},
 		{"roamed, fresh, but its record moved", roamed, time.Second, true, set},
-		// LESSONS: a clock that is off must not decide for ever.
+		// a clock that is off must not decide for ever.
 		{"the clock went back a little", roamed, -time.Minute, false, ""},
 		{"the clock went back a day", roamed, -24 * time.Hour, false, set},
 		{"none observed", netip.AddrPort{}, 0, false, set},
@@ -114,7 +114,7 @@ func TestDiffOneChange(t *testing.T) {
 	}{
 		{"nothing", func(*mesh.Facts) {}, ""},
 		{"a pod inside the prefix", func(f *mesh.Facts) { f.LocalPods = addrs("10.244.1.6") }, ""},
-		// LESSONS: a key change filtered out as "no change" (cilium#25492). The prefix moves, it is never removed.
+		// a key change filtered out as "no change" (cilium#25492). The prefix moves, it is never removed.
 		{
 			"key", func(f *mesh.Facts) { f.Nodes[0].PublicKey = key(4) },
 			"wg set wgcni0 peer k4 (b) endpoint 192.0.2.2:51820 allowed-ips +10.244.2.0/24\nwg set wgcni0 peer k2 remove\n",
@@ -202,7 +202,7 @@ func TestNeedsLinkAndSplit(t *testing.T) {
 	}
 }
 
-// LESSONS and DESIGN §7: a key never appears in a text. The public one may.
+// A key never appears in a text. The public one may.
 func TestTextHidesKeys(t *testing.T) {
 	private := wgtypes.Key{9: 9, 31: 77}
 	self := node("a", 1, "10.244.1.0/24")

@@ -106,7 +106,7 @@ func transit(t *testing.T, rng *rand.Rand, k *kerneltest.Kernel, law watch, afte
 	}
 	cut := rng.IntN(len(ops) + 1)
 	for i := 0; ; i++ {
-		if i == cut || len(ops) < 6 { // LESSONS: a crash after any prefix must converge
+		if i == cut || len(ops) < 6 { // a crash after any prefix must converge
 			converge(t, newKernelAt(t, start, ops[:i]), after, false)
 			converge(t, newKernelAt(t, start, ops[:i]), after, true)
 		}
@@ -232,21 +232,21 @@ func (w watch) check(t *testing.T, k, doomed *kerneltest.Kernel) {
 	if allowed != len(owner) {
 		t.Errorf("an allowed IP has two owners")
 	}
-	// LESSONS: ReplaceAllowedIPs empties the list first (cilium PR 34612).
+	// ReplaceAllowedIPs empties the list first (cilium PR 34612).
 	for p, want := range w.stays {
 		if owner[p] != want || !routed[p] {
 			t.Errorf("%s stays with %s; now owner %s, routed %v", p, keyName(want), keyName(owner[p]), routed[p])
 		}
 	}
-	for p := range w.moves { // LESSONS: A -> B -> A (felix#2535)
+	for p := range w.moves { // A -> B -> A (felix#2535)
 		if owner[p] == (wgtypes.Key{}) || !routed[p] {
 			t.Errorf("%s moves; now owner %s, routed %v", p, keyName(owner[p]), routed[p])
 		}
 	}
-	if f := foreignLines(k); f != w.foreign { // DESIGN §5: nothing foreign is touched
+	if f := foreignLines(k); f != w.foreign { // nothing foreign is touched
 		t.Errorf("foreign objects (-want +got):\n%s", cmp.Diff(w.foreign, f))
 	}
-	// LESSONS: plaintext leaks. At each op, and with the tunnel killed at each op.
+	// plaintext leaks. At each op, and with the tunnel killed at each op.
 	if now.Filter.Interface != "" {
 		w.neverPlaintext(t, k, "")
 		doomed.KillTunnel()

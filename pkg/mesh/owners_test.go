@@ -49,7 +49,7 @@ var ownersTests = []ownersTest{
 		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), holder("b", 2, 2, "10.244.2.0/24", "fd00:2::/64")},
 		[]string{"a: 10.244.1.0/24", "b: 10.244.2.0/24 fd00:2::/64"},
 	},
-	// DESIGN §6: one key, one node. Neither wins.
+	// one key, one node. Neither wins.
 	{
 		"one key, two nodes",
 		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), holder("b", 1, 2, "10.244.2.0/24"), holder("c", 3, 3, "10.244.3.0/24")},
@@ -79,7 +79,7 @@ var ownersTests = []ownersTest{
 	},
 	{"unmasked", []mesh.Node{holder("a", 1, 1, "10.244.1.77/24")}, []string{"a: 10.244.1.0/24"}},
 
-	// LESSONS: the mesh under another network learns pod addresses as endpoints and dies (cilium#36491).
+	// the mesh under another network learns pod addresses as endpoints and dies (cilium#36491).
 	{
 		"endpoint in an older prefix",
 		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), listening("b", 2, 2, "10.244.1.9:51820")},
@@ -192,7 +192,7 @@ func TestOwners(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	for _, tt := range ownersTests {
 		t.Run(tt.name, func(t *testing.T) {
-			for range 8 { // DESIGN §6: every node decides alike, in whatever order the records arrive
+			for range 8 { // every node decides alike, in whatever order the records arrive
 				rng.Shuffle(len(tt.nodes), func(i, j int) { tt.nodes[i], tt.nodes[j] = tt.nodes[j], tt.nodes[i] })
 				got := ownersText(tt.nodes, mesh.Owners(tt.nodes, prefixes("10.244.0.0/16", "fd00::/16")))
 				if diff := cmp.Diff(tt.want, got, cmpopts.EquateEmpty()); diff != "" {

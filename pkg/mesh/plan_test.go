@@ -79,7 +79,7 @@ func planTests(a, b mesh.Node) []planTest {
 			Settings: settings("fd00:244::/32", "10.244.0.0/16"),
 			Self:     node("a", 1, "10.244.1.0/24", "fd00:244:1::/64"), Nodes: []mesh.Node{b6, node("c", 3, "10.244.3.0/24")},
 		}, dual, nil},
-		// LESSONS: unknown peer, throw, plaintext (calico#3760). Without a key all is refused.
+		// unknown peer, throw, plaintext (calico#3760). Without a key all is refused.
 		{"no key yet", mesh.Facts{Settings: v4, Self: noKey, Nodes: []mesh.Node{b}, LocalPods: addrs("10.244.200.1")}, keyless, nil},
 		{"no key yet, preferred", mesh.Facts{Settings: preferred, Self: noKey, Nodes: []mesh.Node{b}}, keylessPreferred, nil},
 		{"pods outside of prefixes", mesh.Facts{

@@ -145,7 +145,7 @@ func TestAnnounceRandom(t *testing.T) {
 	}
 }
 
-// LESSONS: an IPv6 underlay needs 20 bytes more (cilium#23917).
+// an IPv6 underlay needs 20 bytes more (cilium#23917).
 func TestTunnelMTU(t *testing.T) {
 	four, six, mapped := endpoint("192.0.2.1:1"), endpoint("[2001:db8::1]:1"), endpoint("[::ffff:192.0.2.1]:1")
 	for _, tt := range []struct {

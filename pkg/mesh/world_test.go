@@ -115,7 +115,7 @@ func (w *world) changeNodes() {
 		a.Endpoint = w.someEndpoint()
 	case 6:
 		a.Addresses = []netip.Addr{addr("192.0.2.50"), w.somePod()}
-	default: // LESSONS: A -> B -> A is skipped by a stale cache (felix#2535)
+	default: // A -> B -> A is skipped by a stale cache (felix#2535)
 		pod := w.somePod()
 		a.Pods = append(slices.Clone(a.Pods), mesh.Claim{Prefix: netip.PrefixFrom(pod, pod.BitLen()), Since: w.at()})
 		if b != a && w.rng.IntN(2) == 0 {

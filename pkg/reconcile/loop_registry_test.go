@@ -38,7 +38,7 @@ func TestRegistryAwayAtStart(t *testing.T) {
 		return r.RegistryError == errAway.Error() && !r.RegistrySince.IsZero()
 	})
 	eventually(t, "attempts to publish", func() bool { return len(n.registry.publications()) > 2 })
-	if _, there := n.registry.get("a"); there {
+	if _, there := n.registry.own(); there {
 		t.Error("published to a registry that is away")
 	}
 	// Said once, not at each of the attempts.
@@ -165,7 +165,7 @@ func TestRival(t *testing.T) {
 			n.registry.set(func(r *fakeRegistry) { r.away = nil })
 			eventually(t, "the registry to be back", func() bool { return n.report().RegistryError == "" })
 			n.quiet()
-			if got, _ := n.registry.get("a"); !got.Equal(rival) {
+			if got, _ := n.registry.own(); !got.Equal(rival) {
 				t.Errorf("the rival's record was replaced by %+v", got)
 			}
 			if got := len(n.registry.publications()); got != 1 {
@@ -213,7 +213,7 @@ func TestTombstone(t *testing.T) {
 	if err := n.ended(); !errors.Is(err, reconcile.ErrLeft) {
 		t.Errorf("Run: %v, want ErrLeft", err)
 	}
-	if got, _ := n.registry.get("a"); !got.Equal(gone) {
+	if got, _ := n.registry.own(); !got.Equal(gone) {
 		t.Errorf("the tombstone was replaced by %+v", got)
 	}
 	n.holds(plannedAlone) // the command takes it down
@@ -245,7 +245,7 @@ func TestTombstoneWhilePublishing(t *testing.T) {
 	if err := n.ended(); !errors.Is(err, reconcile.ErrLeft) {
 		t.Errorf("Run: %v, want ErrLeft", err)
 	}
-	if got, _ := n.registry.get("a"); !got.Equal(gone) {
+	if got, _ := n.registry.own(); !got.Equal(gone) {
 		t.Errorf("the tombstone was replaced by %+v", got)
 	}
 }
@@ -274,7 +274,7 @@ func TestRestart(t *testing.T) {
 	n.start()
 	eventually(t, "a pass that knows the registry", func() bool { return n.saved().Records.Nodes["a"].Equal(own) })
 	n.quiet()
-	if got, _ := n.registry.get("a"); !got.Equal(own) || len(n.registry.publications()) != offered {
+	if got, _ := n.registry.own(); !got.Equal(own) || len(n.registry.publications()) != offered {
 		t.Errorf("after a restart the record is %+v, was %+v", got, own)
 	}
 }

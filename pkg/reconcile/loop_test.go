@@ -215,12 +215,12 @@ func TestLoopEnds(t *testing.T) {
 	n := newNode(t, record("b"))
 	n.joins()
 	n.holds(plannedAlone)
-	rec, _ := n.registry.get("a")
+	rec, _ := n.registry.own()
 	n.stop()
 	if diff := cmp.Diff(plannedAlone, n.kernel.String()); diff != "" {
 		t.Errorf("the kernel was touched (-want +got):\n%s", diff)
 	}
-	if after, _ := n.registry.get("a"); !after.Equal(rec) {
+	if after, _ := n.registry.own(); !after.Equal(rec) {
 		t.Errorf("the registry was touched: %+v", after)
 	}
 	eventually(t, "the goroutines to end", func() bool { return runtime.NumGoroutine() <= before })
@@ -256,7 +256,7 @@ func TestOnce(t *testing.T) {
 		if err != nil || len(o.Ops) == 0 {
 			t.Fatalf("publish %v: %d ops, error %v", publish, len(o.Ops), err)
 		}
-		if _, there := n.registry.get("a"); there != publish {
+		if _, there := n.registry.own(); there != publish {
 			t.Errorf("publish %v: in the registry %v", publish, there)
 		}
 		if peer := strings.Contains(n.kernel.String(), "peer b"); peer != publish {

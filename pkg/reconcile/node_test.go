@@ -165,7 +165,7 @@ func (n *testNode) announced(what string, wanted func(registry.Record) bool) reg
 	n.t.Helper()
 	var last registry.Record
 	eventually(n.t, "the registry to have "+what, func() bool {
-		rec, ok := n.registry.get("a")
+		rec, ok := n.registry.own()
 		last = rec
 		return ok && !rec.Left && wanted(rec)
 	})

@@ -239,10 +239,11 @@ func (r *fakeRegistry) put(rec registry.Record) {
 	r.set(func(r *fakeRegistry) { r.records[rec.Name] = rec })
 }
 
-func (r *fakeRegistry) get(name string) (registry.Record, bool) {
+// own is this node's record in the registry.
+func (r *fakeRegistry) own() (registry.Record, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	rec, ok := r.records[name]
+	rec, ok := r.records["a"]
 	return rec, ok
 }
 

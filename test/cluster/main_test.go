@@ -82,12 +82,20 @@ func harness() error {
 	select {}
 }
 
-// namespacesOf returns the identities of a process's namespaces.
+// namespacesOf returns the identities of a process's namespaces. It holds them
+// open until the test ends: the kernel gives the number of one that is gone to
+// the next, which may be another test's.
 func namespacesOf(t *testing.T, pid int) []string {
 	t.Helper()
 	var ids []string
 	for _, kind := range []string{"mnt", "net", "pid", "uts", "ipc"} {
-		id, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, kind))
+		path := fmt.Sprintf("/proc/%d/ns/%s", pid, kind)
+		held, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { held.Close() })
+		id, err := os.Readlink(path)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -108,7 +108,7 @@ func startHelper(t *testing.T, n *cluster.Node) *cluster.Process {
 }
 
 // The tunnel process dies, the interface and its routes vanish, and traffic
-// would follow the ordinary routes (LESSONS: any userspace WireGuard).
+// would follow the ordinary routes (any userspace WireGuard).
 func TestNoPlaintextWhileTunnelIsGone(t *testing.T) {
 	m := newMesh(t, 2, 1, cluster.NetworkOptions{})
 	routeAroundTunnel(t, m.Cluster)

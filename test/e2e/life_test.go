@@ -17,7 +17,7 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-// An emptied, truncated or deleted file removes no peer (LESSONS, "the API away
+// An emptied, truncated or deleted file removes no peer ("the API away
 // 60 s empties the mesh": kilo Node.Ready), and is filled again.
 func TestDamagedRegistryRemovesNoPeer(t *testing.T) {
 	m := newMesh(t, 3, 1, cluster.NetworkOptions{})

@@ -161,7 +161,7 @@ func TestRemoveAddressTakesItsRoutes(t *testing.T) {
 	}
 }
 
-// DESIGN §5: nothing foreign is touched, nor observed as ours.
+// nothing foreign is touched, nor observed as ours.
 func TestForeign(t *testing.T) {
 	k := kerneltest.Kernel{}
 	k.AddForeignRoute(via, "eth9")
