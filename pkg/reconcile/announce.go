@@ -60,6 +60,7 @@ func (l *Loop) announce(now time.Time) {
 		self.Revision = registry.NextRevision(max(self.Revision, theirs.Revision, accepted.Revision), now)
 	}
 	l.known.Self.Revision = self.Revision
+	l.heard = false
 	l.publisher.put(self)
 }
 
@@ -70,11 +71,17 @@ func sameContent(a, b registry.Record) bool {
 }
 
 func (l *Loop) hearPublished(r publishResult) {
+	if final(r.err) {
+		l.publisher.drop(r.record)
+	}
 	switch {
 	case r.err == nil:
 		l.joined, l.unpublished = true, ""
-		if r.record.Revision >= l.known.Records.Nodes[r.record.Name].Revision { // else the registry told of a later one meanwhile
-			l.published = &r.record
+		if r.record.Revision > l.known.Records.Nodes[r.record.Name].Revision {
+			l.known.Records.Nodes[r.record.Name] = *r.record
+		}
+		if !l.heard { // else what the registry told meanwhile may be later
+			l.published = r.record
 		}
 		l.Log.Info("published", "registry", l.Registry.String(), "revision", r.record.Revision,
 			"prefixes", len(r.record.Prefixes), "pods", len(r.record.Pods))
@@ -100,9 +107,12 @@ func staleKnown(err error) uint64 {
 }
 
 type publishResult struct {
-	record registry.Record
+	record *registry.Record
 	err    error
 }
+
+// final reports whether there is no use in trying again.
+func final(err error) bool { return err == nil || errors.Is(err, registry.ErrStale) }
 
 // publisher publishes in the background, the latest record only, until it
 // succeeds: a registry that is slow or away holds nothing up.
@@ -132,9 +142,10 @@ func newPublisher(ctx context.Context, r registry.Registry) *publisher {
 
 func (p *publisher) run(ctx context.Context, r registry.Registry) {
 	retry := publishRetry
+	var finished *registry.Record // still pending until its result is heard
 	for {
 		record := p.pending()
-		if record == nil {
+		if record == nil || record == finished {
 			select {
 			case <-p.wake:
 				continue
@@ -145,16 +156,13 @@ func (p *publisher) run(ctx context.Context, r registry.Registry) {
 		publishing, cancel := context.WithTimeout(ctx, publishTimeout)
 		err := r.Publish(publishing, *record)
 		cancel()
-		if err == nil || errors.Is(err, registry.ErrStale) {
-			p.drop(record)
-			retry = publishRetry
-		}
 		select {
-		case p.results <- publishResult{*record, err}:
+		case p.results <- publishResult{record, err}:
 		case <-ctx.Done():
 			return
 		}
-		if err == nil || errors.Is(err, registry.ErrStale) {
+		if final(err) {
+			finished, retry = record, publishRetry
 			continue
 		}
 		select {
@@ -180,7 +188,8 @@ func (p *publisher) pending() *registry.Record {
 	return p.want
 }
 
-// drop forgets a record that was published, unless a newer one waits.
+// drop forgets a record whose result was heard, unless a newer one waits. Not
+// before: a pass in between would offer it once more, as a new revision.
 func (p *publisher) drop(r *registry.Record) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

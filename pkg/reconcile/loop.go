@@ -81,6 +81,7 @@ type Loop struct {
 	rival       bool             // somebody else publishes under our name
 	pods        []netip.Addr     // attached to this node, as of the last pass
 	published   *registry.Record // what was published since the registry's last word
+	heard       bool             // the registry has told something since our record was last offered
 	publisher   *publisher
 }
 
@@ -228,6 +229,7 @@ func (l *Loop) lookBelow() bool {
 
 // hear takes in what the registry says.
 func (l *Loop) hear(u registry.Update) {
+	l.heard = true
 	if u.Err != nil {
 		if l.away == nil {
 			l.awaySince = l.Now()

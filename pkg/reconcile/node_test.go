@@ -178,8 +178,11 @@ func anyRecord(registry.Record) bool { return true }
 func (n *testNode) joins() registry.Record {
 	n.t.Helper()
 	n.start()
-	rec := n.announced("this node's record", anyRecord)
-	eventually(n.t, "a pass that knows of it", func() bool { return n.saved().Records.Nodes["a"].Equal(rec) })
+	var rec registry.Record
+	eventually(n.t, "a pass that knows of this node's record", func() (there bool) {
+		rec, there = n.registry.own()
+		return there && n.saved().Records.Nodes["a"].Equal(rec)
+	})
 	return rec
 }
 
