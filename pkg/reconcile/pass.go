@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -32,9 +33,7 @@ var _ Kernel = (*kernel.Kernel)(nil)
 // Facts joins what the configuration, the key, the mesh and the pods say.
 func Facts(c config.Config, key wgtypes.Key, known store.Known, pods []netip.Addr) mesh.Facts {
 	f := mesh.Facts{Settings: c.Settings, LocalPods: pods}
-	if f.MTU == 0 {
-		f.MTU = known.MTU
-	}
+	f.MTU = mtuOf(c, known)
 	f.Self = node(known.Self, known.Endpoints)
 	f.Self.Name, f.Self.PublicKey = c.NodeName, key
 	for _, r := range known.Records.Nodes {
@@ -193,7 +192,7 @@ func (p Pass) recordApplied(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	now := store.Applied{Settings: Digest(p.Config.Settings), MTU: mtuOf(p.Config, p.Known), At: p.Context.Now}
+	now := store.Applied{Settings: Digest(p.Config.Settings), MTU: p.MTU(), At: p.Context.Now}
 	for _, c := range p.Known.Self.Prefixes {
 		now.Prefixes = append(now.Prefixes, c.Prefix)
 	}
@@ -204,12 +203,10 @@ func (p Pass) recordApplied(ctx context.Context) error {
 	return errors.Join(err, st.Close())
 }
 
-func mtuOf(c config.Config, known store.Known) int {
-	if c.MTU != 0 {
-		return c.MTU
-	}
-	return known.MTU
-}
+// MTU of the interface and of the pods' links, in bytes: as configured, else as found.
+func (p Pass) MTU() int { return mtuOf(p.Config, p.Known) }
+
+func mtuOf(c config.Config, known store.Known) int { return cmp.Or(c.MTU, known.MTU) }
 
 // PodChange is the part of the plan that one pod's coming or going changes: the
 // ops between the plan before and the plan after, both without any other node.

@@ -101,10 +101,7 @@ func attach(ctx context.Context, conf config.Config, at store.Attachment) (int, 
 	case err != nil:
 		return 0, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(at)))
 	}
-	if pass.Config.MTU != 0 {
-		return pass.Config.MTU, nil
-	}
-	return pass.Known.MTU, nil
+	return pass.MTU(), nil
 }
 
 // attachShort stores the attachment, and applies the little that it changes if

@@ -97,10 +97,7 @@ func checkLink(args *skel.CmdArgs, pass reconcile.Pass) error {
 		return err
 	}
 	defer link.Close()
-	limit := pass.Known.MTU
-	if pass.Config.MTU != 0 {
-		limit = pass.Config.MTU
-	}
+	limit := pass.MTU()
 	if have := link.MTU(); have > limit {
 		return faultf(errCheck, "recreate the pod, or set the MTU of its link", fmt.Errorf("interface %s has MTU %d, the tunnel carries %d", args.IfName, have, limit))
 	}
