@@ -80,6 +80,18 @@ func Load(stateDir string) (PrivateKey, error) {
 	return conceal(key), nil
 }
 
+// Revealer hands the node's key to the kernel package, which asks for it only
+// when it configures a tunnel.
+func Revealer(stateDir string) func() (wgtypes.Key, error) {
+	return func() (wgtypes.Key, error) {
+		key, err := Load(stateDir)
+		if err != nil {
+			return wgtypes.Key{}, err
+		}
+		return key.Reveal(), nil
+	}
+}
+
 // LoadOrCreate reads the node's key and makes one where there is none. Only the
 // helper calls it, of which one at most runs on a node.
 func LoadOrCreate(stateDir string) (PrivateKey, error) {

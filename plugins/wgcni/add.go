@@ -13,6 +13,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -75,7 +76,7 @@ func notOwnNetns(args *skel.CmdArgs) error {
 // attach stores the attachment and applies what follows from it. It returns the
 // MTU that the pod's link must have, in bytes.
 func attach(ctx context.Context, conf config.Config, at store.Attachment) (int, error) {
-	k, err := kernel.Open(kernel.Config{Interface: conf.Interface, PrivateKey: privateKey(conf.StateDir)})
+	k, err := kernel.Open(kernel.Config{Interface: conf.Interface, PrivateKey: identity.Revealer(conf.StateDir)})
 	if err != nil {
 		return 0, err
 	}

@@ -181,14 +181,3 @@ func publicKey(stateDir string) (wgtypes.Key, error) {
 	}
 	return key.Public(), nil
 }
-
-// privateKey hands the key to the kernel package, which asks only to configure a tunnel.
-func privateKey(stateDir string) func() (wgtypes.Key, error) {
-	return func() (wgtypes.Key, error) {
-		key, err := identity.Load(stateDir)
-		if err != nil {
-			return wgtypes.Key{}, err
-		}
-		return key.Reveal(), nil
-	}
-}

@@ -15,7 +15,6 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/renameio/v2"
-	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/identity"
@@ -33,14 +32,8 @@ func openRegistry(r config.Registry) registry.Registry { return file.New(r.Path)
 // openKernel connects to the kernel, with userspace WireGuard for one that has none.
 func openKernel(c config.Config) (*kernel.Kernel, error) {
 	return kernel.Open(kernel.Config{
-		Interface: c.Interface,
-		PrivateKey: func() (wgtypes.Key, error) {
-			key, err := identity.Load(c.StateDir)
-			if err != nil {
-				return wgtypes.Key{}, err
-			}
-			return key.Reveal(), nil
-		},
+		Interface:  c.Interface,
+		PrivateKey: identity.Revealer(c.StateDir),
 		StartTunnel: func(name string, mtu int) error {
 			return userspace.Start(name, mtu, filepath.Join(c.RunDir, "tunnel.log"))
 		},
