@@ -21,9 +21,11 @@ build: ## Build the plugin and the helper into .bin
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./plugins/...
 
-tools: ## Build cnitool, the reference plugins and wireguard-go, as pinned in go.mod
+tools: ## Build cnitool, the reference plugins, wireguard-go and etcd, as pinned in go.mod
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ tool
+	cd test/etcd && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../$(BIN)/etcd go.etcd.io/etcd/server/v3
+	cd test/etcd && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../$(BIN)/ go.etcd.io/etcd/etcdctl/v3 go.etcd.io/etcd/etcdutl/v3
 
 demo: deps build tools ## Watch pods on three nodes talk encrypted (root; under a minute)
 	$(GO) run ./test/demo

@@ -48,17 +48,18 @@ type Config struct {
 	PodCIDRs []netip.Prefix // empty: found, see FindPodCIDRs
 	Endpoint string         // host:port; empty: found from the default route
 	Registry Registry
+
+	// SecretFile has the cluster secrets, see package identity; empty: there are none.
+	SecretFile string
+	// AcceptUnsealed takes records of others that no cluster secret has sealed.
+	// It is true without a SecretFile.
+	AcceptUnsealed bool
+
 	RunDir   string
 	StateDir string
 
 	// Source is the file that the stanza was read from, if it was.
 	Source []byte
-}
-
-// Registry says where nodes find each other.
-type Registry struct {
-	Type string // "file"
-	Path string // of the shared file
 }
 
 // String names what the configuration is about; it holds no secret.
@@ -100,7 +101,7 @@ func Parse(stanza []byte) (Config, error) {
 		StateDir: or(raw.StateDir, DefaultStateDir),
 	}
 	for _, check := range []func(*Config, rawStanza) error{
-		checkCIDRs, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkPaths, checkLater,
+		checkCIDRs, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkSecret, checkPaths, checkLater,
 	} {
 		if err := check(&c, raw); err != nil {
 			return Config{}, err
@@ -273,7 +274,7 @@ func checkEndpoint(_ *Config, raw rawStanza) error {
 	if err != nil || host == "" {
 		return &Error{"endpoint", strconv.Quote(raw.Endpoint) + " is not host:port", "write it like 192.0.2.1:51820, [2001:db8::1]:51820 or node.example.org:51820"}
 	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+	if !validPort(port) {
 		return &Error{"endpoint", "port " + strconv.Quote(port) + " is out of range", "use 1 to 65535"}
 	}
 	if a, err := netip.ParseAddr(host); err == nil && (a.IsUnspecified() || a.IsMulticast() || a.IsLoopback()) {
@@ -282,33 +283,58 @@ func checkEndpoint(_ *Config, raw rawStanza) error {
 	return nil
 }
 
-func checkRegistry(c *Config, raw rawStanza) error {
-	r := raw.Registry
-	switch {
-	case r == nil:
-		return &Error{"registry", "missing", `set it, for example to {"type": "file", "path": "/srv/shared/mesh.json"}`}
-	case r.Type == "":
-		return &Error{"registry.type", "missing", `use "file"`}
-	case r.Type != "file":
-		return &Error{"registry.type", strconv.Quote(r.Type) + " is not known", `use "file"`}
-	case r.Path == "":
-		return &Error{"registry.path", "missing", "name the shared file"}
-	case !filepath.IsAbs(r.Path):
-		return &Error{"registry.path", strconv.Quote(r.Path) + " is a relative path", "write it from /"}
-	}
-	c.Registry = Registry{Type: r.Type, Path: filepath.Clean(r.Path)}
-	return nil
+func validPort(port string) bool {
+	n, err := strconv.ParseUint(port, 10, 16)
+	return err == nil && n != 0
 }
 
-func checkPaths(c *Config, _ rawStanza) error {
-	for key, path := range map[string]*string{"runDir": &c.RunDir, "stateDir": &c.StateDir} {
-		if !filepath.IsAbs(*path) {
-			return &Error{key, strconv.Quote(*path) + " is a relative path", "write it from /"}
-		}
-		*path = filepath.Clean(*path)
+func checkPaths(c *Config, _ rawStanza) (err error) {
+	if c.RunDir, err = absolute("runDir", c.RunDir); err != nil {
+		return err
+	}
+	if c.StateDir, err = absolute("stateDir", c.StateDir); err != nil {
+		return err
 	}
 	if c.RunDir == c.StateDir {
 		return &Error{"runDir", c.RunDir + " is stateDir as well", "use two: one is emptied at boot, the other is not"}
+	}
+	return nil
+}
+
+// absolute cleans a path, which is the same for every process only from the root.
+func absolute(key, path string) (string, error) {
+	if !filepath.IsAbs(path) {
+		return "", &Error{key, strconv.Quote(path) + " is a relative path", "write it from /"}
+	}
+	return filepath.Clean(path), nil
+}
+
+// secretFile is absolute for a file whose content is a secret: what stands in
+// its place may be that content, and is not repeated.
+func secretFile(key, path string) (string, error) {
+	if !filepath.IsAbs(path) {
+		return "", &Error{key, "not a path from /", "name the file there, and leave its content in it"}
+	}
+	return filepath.Clean(path), nil
+}
+
+func checkSecret(c *Config, raw rawStanza) (err error) {
+	if raw.ClusterSecretFile == "" {
+		if raw.Seal != "" {
+			return &Error{"seal", strconv.Quote(raw.Seal) + " without a cluster secret", "set clusterSecretFile too, or leave seal out"}
+		}
+		c.AcceptUnsealed = true
+		return nil
+	}
+	if c.SecretFile, err = secretFile("clusterSecretFile", raw.ClusterSecretFile); err != nil {
+		return err
+	}
+	switch raw.Seal {
+	case "", "required":
+	case "preferred":
+		c.AcceptUnsealed = true
+	default:
+		return &Error{"seal", strconv.Quote(raw.Seal) + ` is neither "required" nor "preferred"`, `use "preferred" only until every node has the secret`}
 	}
 	return nil
 }
@@ -318,9 +344,6 @@ func checkPaths(c *Config, _ rawStanza) error {
 func checkLater(_ *Config, raw rawStanza) error {
 	if raw.EncryptNodes {
 		return &Error{"encryptNodes", "true is not supported by this version", "set it to false or leave it out: pod-to-pod traffic is encrypted all the same"}
-	}
-	if raw.ClusterSecretFile != "" {
-		return &Error{"clusterSecretFile", "not supported by this version", "leave it out, and let only the nodes write to the registry"}
 	}
 	return nil
 }

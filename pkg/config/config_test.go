@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"net/url"
 	"os"
+	"path"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -29,6 +32,14 @@ const (
 
 // object puts keys before those that are required.
 func object(keys string) string { return `{"nodeName": "node-a", ` + keys + `, ` + minimal + `}` }
+
+// etcd is a stanza with these keys in a registry of type etcd.
+func etcd(keys string) string {
+	return `{"nodeName": "node-a", ` + cidrs + `, "registry": {"type": "etcd", ` + keys + `}}`
+}
+
+// endpoints are an etcd's with more keys behind them.
+func endpoints(keys string) string { return etcd(`"endpoints": ["192.0.2.1:2379"], ` + keys) }
 
 // A wrong stanza, the key that the error must name, and what else it must say.
 type wrong struct{ stanza, key, says string }
@@ -111,8 +122,65 @@ var wrongs = []wrong{
 	{`{` + cidrs + `, "registry": {"type": "file", "path": "mesh.json"}}`, "registry.path", "relative"},
 	{`{` + cidrs + `, "registry": {"type": "file", "path": 1}}`, "registry.path", "string"},
 	{`{` + cidrs + `, "registry": {"type": "file", "paht": "/srv"}}`, "registry.paht", `"registry.path"`},
+	{etcd(`"endpoints": null`), "registry.endpoints", "missing"},
+	{etcd(`"endpoints": []`), "registry.endpoints", "missing"},
+	{etcd(`"endpoints": "192.0.2.1:2379"`), "registry.endpoints", "list"},
+	{etcd(`"endpoints": [2379]`), "registry.endpoints", "string"},
+	{etcd(`"endpoints": [""]`), "registry.endpoints", "host:port"},
+	{etcd(`"endpoints": ["192.0.2.1:2379", ":2379"]`), "registry.endpoints", `":2379" has no address`},
+	{etcd(`"endpoints": ["192.0.2.1"]`), "registry.endpoints", "port"},
+	{etcd(`"endpoints": ["https://etcd.example.org"]`), "registry.endpoints", "port"},
+	{etcd(`"endpoints": ["192.0.2.1:0"]`), "registry.endpoints", "1 to 65535"},
+	{etcd(`"endpoints": ["192.0.2.1:65536"]`), "registry.endpoints", "1 to 65535"},
+	{etcd(`"endpoints": ["192.0.2.1:etcd"]`), "registry.endpoints", "host:port"},
+	{etcd(`"endpoints": ["2001:db8::1:2379"]`), "registry.endpoints", "[2001:db8::1]:2379"},
+	{etcd(`"endpoints": ["etcd-1,etcd-2:2379"]`), "registry.endpoints", "DNS name"},
+	{etcd(`"endpoints": ["http://192.0.2.1:2379,http://192.0.2.2:2379"]`), "registry.endpoints", "host:port"},
+	{etcd(`"endpoints": ["http://192.0.2.1:2379/v3"]`), "registry.endpoints", "URL"},
+	{etcd(`"endpoints": ["http://192.0.2.1:2379?x"]`), "registry.endpoints", "URL"},
+	{etcd(`"endpoints": ["unix:///run/etcd.sock"]`), "registry.endpoints", "URL"},
+	{etcd(`"endpoints": ["ftp://192.0.2.1:2379"]`), "registry.endpoints", "neither http nor https"},
+	{etcd(`"endpoints": ["https://192.0.2.1:2379", "http://192.0.2.2:2379"]`), "registry.endpoints", `"http://192.0.2.2:2379"`},
+	{etcd(`"endpoints": ["http://192.0.2.1:2379"], "caFile": "/ca"`), "registry.endpoints", "in the clear"},
+	{etcd(`"endpoints": ["http://192.0.2.1:2379"], "certFile": "/c", "keyFile": "/k"`), "registry.endpoints", "in the clear"},
+	{endpoints(`"prefix": 5`), "registry.prefix", "string"},
+	{endpoints(`"prefix": "wgcni"`), "registry.prefix", "/wgcni/"},
+	{endpoints(`"prefix": "/"`), "registry.prefix", "folder"},
+	{endpoints(`"prefix": "//"`), "registry.prefix", "empty"},
+	{endpoints(`"prefix": "/a//b"`), "registry.prefix", "empty"},
+	{endpoints(`"prefix": "/a//"`), "registry.prefix", "empty"},
+	{endpoints(`"prefix": "/a/../b"`), "registry.prefix", ".."},
+	{endpoints(`"prefix": "/a/.."`), "registry.prefix", ".."},
+	{endpoints(`"prefix": "/./a"`), "registry.prefix", "/./a"},
+	{endpoints(`"prefix": "/a /"`), "registry.prefix", "white space"},
+	{endpoints(`"prefix": "/a\u0000"`), "registry.prefix", "white space"},
+	{endpoints(`"caFile": true`), "registry.caFile", "string"},
+	{endpoints(`"caFile": "ca.pem"`), "registry.caFile", "relative"},
+	{endpoints(`"certFile": 1, "keyFile": "/k"`), "registry.certFile", "string"},
+	{endpoints(`"certFile": "cert.pem", "keyFile": "/k"`), "registry.certFile", "relative"},
+	{endpoints(`"keyFile": "/k"`), "registry.certFile", "missing"},
+	{endpoints(`"certFile": "/c", "keyFile": 1`), "registry.keyFile", "string"},
+	{endpoints(`"certFile": "/c", "keyFile": "./k"`), "registry.keyFile", "path from /"},
+	{endpoints(`"certFile": "/c"`), "registry.keyFile", "missing"},
+	{endpoints(`"username": 1`), "registry.username", "string"},
+	{endpoints(`"passwordFile": "/p"`), "registry.username", "missing"},
+	{endpoints(`"passwordFile": ["/p"]`), "registry.passwordFile", "string"},
+	{endpoints(`"username": "node", "passwordFile": "p"`), "registry.passwordFile", "path from /"},
+	{endpoints(`"username": "node"`), "registry.passwordFile", "missing"},
+	{endpoints(`"path": "/srv/mesh.json"`), "registry.path", "belongs to type file"},
+	{`{` + cidrs + `, "registry": {"type": "file", "path": "/srv/mesh.json", "endpoints": ["192.0.2.1:2379"]}}`, "registry.endpoints", "belongs to type etcd"},
+	{`{` + cidrs + `, "registry": {"type": "file", "prefix": "/wgcni/"}}`, "registry.prefix", "belongs to type etcd"},
+	{`{` + cidrs + `, "registry": {"type": "file", "caFile": "/f"}}`, "registry.caFile", "belongs to type etcd"},
+	{`{` + cidrs + `, "registry": {"type": "file", "certFile": "/f"}}`, "registry.certFile", "belongs to type etcd"},
+	{`{` + cidrs + `, "registry": {"type": "file", "keyFile": "/f"}}`, "registry.keyFile", "belongs to type etcd"},
+	{`{` + cidrs + `, "registry": {"type": "file", "username": "node"}}`, "registry.username", "belongs to type etcd"},
+	{`{` + cidrs + `, "registry": {"type": "file", "passwordFile": "/f"}}`, "registry.passwordFile", "belongs to type etcd"},
 	{object(`"clusterSecretFile": 5`), "clusterSecretFile", "string"},
-	{object(`"clusterSecretFile": "/etc/secret"`), "clusterSecretFile", "not supported"},
+	{object(`"clusterSecretFile": "secret"`), "clusterSecretFile", "path from /"},
+	{object(`"clusterSecretFile": "/etc/secret", "seal": true`), "seal", "string"},
+	{object(`"clusterSecretFile": "/etc/secret", "seal": "off"`), "seal", `neither "required" nor "preferred"`},
+	{object(`"seal": "required"`), "seal", "clusterSecretFile"},
+	{object(`"seal": "preferred"`), "seal", "clusterSecretFile"},
 	{object(`"runDir": 5`), "runDir", "string"},
 	{object(`"runDir": "run"`), "runDir", "relative"},
 	{object(`"runDir": "/var/lib/wgcni/"`), "runDir", "stateDir"},
@@ -238,7 +306,8 @@ var values = map[string]struct {
 	"table":             {`256`, func(c *Config) { c.Table = 256 }},
 	"rulePriority":      {`32765`, func(c *Config) { c.RulePriority = 32765 }},
 	"registry":          {`{"type": "file", "path": "/mnt//shared/mesh.json"}`, func(c *Config) { c.Registry.Path = "/mnt/shared/mesh.json" }},
-	"clusterSecretFile": {`""`, func(*Config) {}},
+	"clusterSecretFile": {`"/etc/wgcni//secret"`, func(c *Config) { c.SecretFile, c.AcceptUnsealed = "/etc/wgcni/secret", false }},
+	"seal":              {`""`, func(*Config) {}}, // for more see TestSeal
 	"runDir":            {`"/run/other/"`, func(c *Config) { c.RunDir = "/run/other" }},
 	"stateDir":          {`"/srv/state"`, func(c *Config) { c.StateDir = "/srv/state" }},
 }
@@ -252,6 +321,7 @@ func defaults() Config {
 		},
 		Registry: Registry{Type: "file", Path: "/srv/mesh.json"},
 		RunDir:   "/run/wgcni", StateDir: "/var/lib/wgcni",
+		AcceptUnsealed: true,
 	}
 }
 
@@ -306,6 +376,86 @@ func TestParse(t *testing.T) {
 	want := defaults()
 	want.Name, want.CNIVersion = "pods", "1.1.0"
 	check(object(`"type": "wgcni", "name": "pods", "cniVersion": "1.1.0"`), want)
+}
+
+func TestSeal(t *testing.T) {
+	for _, tt := range []struct {
+		keys string
+		want bool // AcceptUnsealed
+	}{
+		{`"clusterSecretFile": "", "seal": ""`, true},
+		{`"clusterSecretFile": "/etc/secret"`, false},
+		{`"clusterSecretFile": "/etc/secret", "seal": null`, false},
+		{`"clusterSecretFile": "/etc/secret", "seal": "required"`, false},
+		{`"clusterSecretFile": "/etc/secret", "seal": "preferred"`, true},
+	} {
+		c, err := Parse([]byte(object(tt.keys)))
+		if err != nil || c.AcceptUnsealed != tt.want || (c.SecretFile != "") != strings.Contains(tt.keys, "/etc/secret") {
+			t.Errorf("%s: %q, accepts unsealed: %v, %v", tt.keys, c.SecretFile, c.AcceptUnsealed, err)
+		}
+	}
+}
+
+func TestEtcd(t *testing.T) {
+	for _, tt := range []struct {
+		keys string
+		want Etcd
+	}{
+		{`"endpoints": ["192.0.2.1:2379"]`, Etcd{Endpoints: []string{"http://192.0.2.1:2379"}, Prefix: "/wgcni/"}},
+		{
+			`"endpoints": ["http://a.example.org:2379/", "[2001:db8::1]:2379", "etcd_1:1"], "prefix": "/a/b.c"`,
+			Etcd{Endpoints: []string{"http://a.example.org:2379", "http://[2001:db8::1]:2379", "http://etcd_1:1"}, Prefix: "/a/b.c/"},
+		},
+		{ // https of one is https of all that do not say otherwise
+			`"endpoints": ["b:2379", "HTTPS://a:65535"], "prefix": "/clusters/ü/"`,
+			Etcd{Endpoints: []string{"https://b:2379", "https://a:65535"}, Prefix: "/clusters/ü/"},
+		},
+		{`"endpoints": ["a:2379"], "caFile": "/etc//ca.pem"`, Etcd{Endpoints: []string{"https://a:2379"}, Prefix: "/wgcni/", CAFile: "/etc/ca.pem"}},
+		{
+			`"endpoints": ["a:2379"], "certFile": "/etc/cert.pem", "keyFile": "/etc/x/../key.pem"`,
+			Etcd{Endpoints: []string{"https://a:2379"}, Prefix: "/wgcni/", CertFile: "/etc/cert.pem", KeyFile: "/etc/key.pem"},
+		},
+		{
+			`"endpoints": ["http://a:2379"], "username": "node", "passwordFile": "/etc/password", "path": "", "prefix": null`,
+			Etcd{Endpoints: []string{"http://a:2379"}, Prefix: "/wgcni/", Username: "node", PasswordFile: "/etc/password"},
+		},
+	} {
+		c, err := Parse([]byte(etcd(tt.keys)))
+		if err != nil {
+			t.Errorf("%s: %v", tt.keys, err)
+			continue
+		}
+		if diff := cmp.Diff(Registry{Type: "etcd", Etcd: tt.want}, c.Registry); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.keys, diff)
+		}
+	}
+}
+
+// TestNoSecretInside: a secret in the stanza is refused, with what to do instead,
+// and is not repeated.
+func TestNoSecretInside(t *testing.T) {
+	for _, tt := range []struct{ stanza, key, says string }{
+		{endpoints(`"username": "node", "password": "hunter2"`), "registry.password", "registry.passwordFile"},
+		{endpoints(`"username": "node", "password": ["hunter2"], "passwordFile": "/p"`), "registry.password", "registry.passwordFile"},
+		{endpoints(`"Password": "hunter2"`), "registry.Password", "no such key"},
+		{etcd(`"endpoints": ["http://node:hunter2@192.0.2.1:2379"]`), "registry.endpoints", "passwordFile"},
+		{etcd(`"endpoints": ["node:hunter2@192.0.2.1:2379"]`), "registry.endpoints", "passwordFile"},
+		{etcd(`"endpoints": ["http://node:hunter2%@[192.0.2.1"]`), "registry.endpoints", "passwordFile"},
+		{endpoints(`"username": "node", "passwordFile": "hunter2"`), "registry.passwordFile", "path from /"},
+		{endpoints(`"certFile": "/c", "keyFile": "-----BEGIN hunter2"`), "registry.keyFile", "path from /"},
+		{object(`"clusterSecret": "hunter2"`), "clusterSecret", "clusterSecretFile"},
+		{object(`"clusterSecretFile": "wgcni1_hunter2"`), "clusterSecretFile", "path from /"},
+	} {
+		c, err := Parse([]byte(tt.stanza))
+		var invalid *Error
+		if !errors.As(err, &invalid) || invalid.Key != tt.key || !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("%s: %v, %v, want one about %s that says %s", tt.stanza, c, err, tt.key, tt.says)
+			continue
+		}
+		if strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: the error repeats the secret: %v", tt.stanza, err)
+		}
+	}
 }
 
 // TestMarkOwners: a full-width mark broke Calico and Cilium (talos#4836).
@@ -388,6 +538,8 @@ func FuzzStanza(f *testing.F) {
 	for key, v := range values {
 		f.Add([]byte(object(fmt.Sprintf("%q: %s", key, v.value))))
 	}
+	f.Add([]byte(endpoints(`"prefix": "/a/b", "caFile": "/ca", "certFile": "/c", "keyFile": "/k", "username": "node", "passwordFile": "/p"`)))
+	f.Add([]byte(etcd(`"endpoints": ["http://[fe80::1%25eth0]:2379/"]`)))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		if dir := RunDirOf(text); !strings.HasPrefix(dir, "/") {
 			t.Errorf("run folder %q", dir)
@@ -405,7 +557,8 @@ func FuzzStanza(f *testing.F) {
 			}
 		default:
 			if len(c.ClusterCIDRs) == 0 || c.ListenPort < 1 || c.ListenPort > 65535 || c.FwMark&(c.FwMark-1) != 0 || c.FwMark == 0 ||
-				c.RunDir == c.StateDir || c.Registry.Path == "" || c.NodeName == "" || c.MTU != 0 && c.MTU < 1280 {
+				c.RunDir == c.StateDir || c.NodeName == "" || c.MTU != 0 && c.MTU < 1280 ||
+				c.SecretFile == "" && !c.AcceptUnsealed || c.SecretFile != "" && !filepath.IsAbs(c.SecretFile) || !soundRegistry(c.Registry) {
 				t.Errorf("accepted: %+v", c)
 			}
 			for _, p := range slices.Concat(c.ClusterCIDRs, c.PodCIDRs) {
@@ -415,4 +568,21 @@ func FuzzStanza(f *testing.F) {
 			}
 		}
 	})
+}
+
+func soundRegistry(r Registry) bool {
+	e := r.Etcd
+	if r.Type == RegistryFile {
+		return filepath.IsAbs(r.Path) && reflect.DeepEqual(e, Etcd{})
+	}
+	for _, s := range e.Endpoints {
+		u, err := url.Parse(s)
+		if err != nil || u.Scheme != strings.SplitN(e.Endpoints[0], ":", 2)[0] || s != u.Scheme+"://"+strings.Replace(u.Host, "%", "%25", 1) ||
+			!validPort(u.Port()) || u.Scheme == "http" && e.CAFile+e.CertFile != "" {
+			return false
+		}
+	}
+	return r.Type == RegistryEtcd && r.Path == "" && len(e.Endpoints) > 0 &&
+		path.Clean(e.Prefix)+"/" == e.Prefix && strings.HasPrefix(e.Prefix, "/") &&
+		(e.CertFile == "") == (e.KeyFile == "") && (e.Username == "") == (e.PasswordFile == "")
 }

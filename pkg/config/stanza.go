@@ -47,13 +47,25 @@ type rawStanza struct {
 	RulePriority      *int         `json:"rulePriority"`
 	Registry          *rawRegistry `json:"registry"`
 	ClusterSecretFile string       `json:"clusterSecretFile"`
+	Seal              string       `json:"seal"`
 	RunDir            string       `json:"runDir"`
 	StateDir          string       `json:"stateDir"`
 }
 
 type rawRegistry struct {
 	Type string `json:"type"`
+
+	// Of type file.
 	Path string `json:"path"`
+
+	// Of type etcd.
+	Endpoints    []string `json:"endpoints"`
+	Prefix       string   `json:"prefix"`
+	CAFile       string   `json:"caFile"`
+	CertFile     string   `json:"certFile"`
+	KeyFile      string   `json:"keyFile"`
+	Username     string   `json:"username"`
+	PasswordFile string   `json:"passwordFile"`
 }
 
 // number is a JSON number, or a string such as "0x4".
@@ -123,7 +135,17 @@ func knownKeys(path string, object []byte, t reflect.Type) error {
 	return nil
 }
 
+// misplaced are keys that people will try, and what to do instead. Anybody may
+// read a stanza, and the runtime keeps a copy of it for each pod.
+var misplaced = map[string]string{
+	"clusterSecret":     "write the secret into a file of mode 0600 and name that in clusterSecretFile",
+	"registry.password": "write the password into a file of mode 0600 and name that in registry.passwordFile",
+}
+
 func unknownKey(path, key string, known map[string]reflect.Type) error {
+	if want, ok := misplaced[path+key]; ok {
+		return &Error{path + key, "no such key, and no place for a secret", want}
+	}
 	names := slices.Sorted(maps.Keys(known))
 	nearest := slices.MinFunc(names, func(a, b string) int {
 		distance := func(s string) int {

@@ -1,10 +1,10 @@
-// Package identity keeps the node's WireGuard private key.
+// Package identity keeps what a node must not tell: its WireGuard private key,
+// the cluster secrets, and the keys that are derived from them.
 package identity
 
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -18,39 +18,20 @@ import (
 // anew at each start would cut the node off from all its peers at each reboot.
 const keyFile = "private.key"
 
+// maxKeyFile leaves a key of 44 characters room for white space.
+const maxKeyFile = 1 << 10
+
 // ErrNoKey says that the node has no key yet.
 var ErrNoKey = errors.New("this node has no key yet: start `wgcnid run` once")
 
-// hidden is what a secret prints.
-const hidden = "(hidden)"
-
-// PrivateKey is a node's private key. It prints itself as "(hidden)", in every
-// way. In an unexported field, where fmt calls no methods, it prints the address
-// of the function that holds it.
-type PrivateKey struct{ reveal func() wgtypes.Key }
-
-func conceal(key wgtypes.Key) PrivateKey {
-	return PrivateKey{func() wgtypes.Key { return key }}
-}
-
-// Format serves every verb: %d and %x would else print the bytes.
-func (PrivateKey) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, hidden) }
-
-func (PrivateKey) String() string { return hidden }
-
-// MarshalText serves JSON and slog.
-func (PrivateKey) MarshalText() ([]byte, error) { return []byte(hidden), nil }
+// PrivateKey is a node's private key. It prints itself as "(hidden)", in every way.
+type PrivateKey struct{ concealed[wgtypes.Key] }
 
 // Public is the key that others may know.
 func (k PrivateKey) Public() wgtypes.Key { return k.Reveal().PublicKey() }
 
 // Reveal hands out the key itself, for the kernel alone.
-func (k PrivateKey) Reveal() wgtypes.Key {
-	if k.reveal == nil {
-		return wgtypes.Key{}
-	}
-	return k.reveal()
-}
+func (k PrivateKey) Reveal() wgtypes.Key { return k.value() }
 
 // Path is the file in which the key of a state folder lies.
 func Path(stateDir string) string { return filepath.Join(stateDir, keyFile) }
@@ -58,17 +39,10 @@ func Path(stateDir string) string { return filepath.Join(stateDir, keyFile) }
 // Load reads the node's key. The error Is ErrNoKey if there is none yet.
 func Load(stateDir string) (PrivateKey, error) {
 	path := Path(stateDir)
-	info, err := os.Stat(path)
+	text, err := ReadSecretFile(path, maxKeyFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return PrivateKey{}, ErrNoKey
 	}
-	if err != nil {
-		return PrivateKey{}, err
-	}
-	if wide := info.Mode().Perm() &^ 0o600; wide != 0 {
-		return PrivateKey{}, fmt.Errorf("%s may be read by others (mode %04o): run `chmod 600 %s`", path, info.Mode().Perm(), path)
-	}
-	text, err := os.ReadFile(path)
 	if err != nil {
 		return PrivateKey{}, err
 	}
@@ -77,7 +51,7 @@ func Load(stateDir string) (PrivateKey, error) {
 		// wgtypes' error may quote what it could not read.
 		return PrivateKey{}, fmt.Errorf("%s does not hold a key as `wg genkey` writes it: restore it, or delete it to get a new one", path)
 	}
-	return conceal(key), nil
+	return PrivateKey{conceal(key)}, nil
 }
 
 // Revealer hands the node's key to the kernel package, which asks for it only
@@ -111,5 +85,5 @@ func LoadOrCreate(stateDir string) (PrivateKey, error) {
 	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.IgnoreUmask()); err != nil {
 		return PrivateKey{}, fmt.Errorf("write %s: %w", Path(stateDir), err)
 	}
-	return conceal(fresh), nil
+	return PrivateKey{conceal(fresh)}, nil
 }

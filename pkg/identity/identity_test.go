@@ -95,28 +95,23 @@ func TestModes(t *testing.T) {
 	}
 }
 
-// TestHidden: no way of printing shows the key, alone or inside something else.
-func TestHidden(t *testing.T) {
-	raw, err := wgtypes.ParseKey(wgGenkey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k := conceal(raw)
-	type exported struct{ Key PrivateKey }
-	type unexported struct{ key PrivateKey }
-	values := []any{k, &k, exported{k}, &exported{k}, unexported{k}, []PrivateKey{k}, map[string]PrivateKey{"key": k}, any(k), fmt.Errorf("key %v", k)}
-	verbs := []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%o", "%b", "%c", "%U", "% x", "%#x", "%10v", "%t", "%g"}
-
+// checkHidden fails the test where a way of printing shows raw, which the values
+// hold, or one of the texts.
+func checkHidden(t *testing.T, raw []byte, texts []string, values ...any) {
+	t.Helper()
 	decimal := strings.Trim(fmt.Sprintf("%d", raw[:4]), "[]") // 96 9 237 225
-	secrets := []string{wgGenkey, wgGenkey[:12], hex.EncodeToString(raw[:]), hex.EncodeToString(raw[:4]), decimal, "0x60, 0x9"}
+	base := base64.StdEncoding.EncodeToString(raw)
+	source := strings.TrimSuffix(strings.TrimPrefix(fmt.Sprintf("%#v", raw[:4]), "[]byte{"), "}") // 0x60, 0x9, 0xed, 0xe1
+	secrets := append([]string{base, base[:12], hex.EncodeToString(raw), hex.EncodeToString(raw[:4]), decimal, source}, texts...)
 	check := func(how, text string) {
 		t.Helper()
 		for _, s := range secrets {
 			if strings.Contains(strings.ToLower(text), strings.ToLower(s)) {
-				t.Errorf("%s shows the key: %s", how, text)
+				t.Errorf("%s shows the secret: %s", how, text)
 			}
 		}
 	}
+	verbs := []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%o", "%b", "%c", "%U", "% x", "%#x", "%10v", "%t", "%g"}
 	for _, v := range values {
 		for _, verb := range verbs {
 			check(fmt.Sprintf("%s of %T", verb, v), fmt.Sprintf(verb, v))
@@ -133,6 +128,18 @@ func TestHidden(t *testing.T) {
 			check(fmt.Sprintf("%s of %T", name, v), b.String())
 		}
 	}
+}
+
+// TestHidden: no way of printing shows the key, alone or inside something else.
+func TestHidden(t *testing.T) {
+	raw, err := wgtypes.ParseKey(wgGenkey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := PrivateKey{conceal(raw)}
+	type exported struct{ Key PrivateKey }
+	type unexported struct{ key PrivateKey }
+	checkHidden(t, raw[:], nil, k, &k, exported{k}, &exported{k}, unexported{k}, []PrivateKey{k}, map[string]PrivateKey{"key": k}, any(k), fmt.Errorf("key %v", k))
 	if got := fmt.Sprintf("%v %s %#v %d", k, k, k, k); got != strings.TrimSpace(strings.Repeat(hidden+" ", 4)) {
 		t.Errorf("it prints %q", got)
 	}

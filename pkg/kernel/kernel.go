@@ -33,6 +33,10 @@ type Config struct {
 	// PrivateKey returns the node's key; it is asked only to configure an
 	// interface. Required to apply mesh.ConfigureLink.
 	PrivateKey func() (wgtypes.Key, error)
+	// PresharedKey returns the key that this node shares with a peer, of that
+	// fingerprint; it is asked only to set it. Required to apply a mesh.SetPeer
+	// that names one.
+	PresharedKey func(peer wgtypes.Key, f mesh.Fingerprint) (wgtypes.Key, error)
 	// StartTunnel starts userspace WireGuard where the kernel has none and
 	// returns when the interface can be configured. Optional.
 	StartTunnel func(name string, mtu int) error
@@ -96,11 +100,10 @@ func (k *Kernel) Apply(ops []mesh.Op) error {
 			err = k.apply(op)
 		}
 		if err != nil {
-			if n > 1 {
-				errs = append(errs, err)
-			} else {
-				errs = append(errs, fmt.Errorf("%s: %w", op, err))
+			if !isPeerOp(op) { // applyPeers has named those that it is about
+				err = fmt.Errorf("%s: %w", op, err)
 			}
+			errs = append(errs, err)
 			if _, add := op.(mesh.AddLink); add {
 				linkMissing = true
 			}

@@ -64,8 +64,9 @@ func randomFacts(r *rand.Rand) mesh.Facts {
 			continue
 		}
 		f.Nodes = append(f.Nodes, node(n+1, fmt.Sprintf("10.244.%d.0/24", prefixes[n]), fmt.Sprintf("fd00:244:%d::/64", prefixes[n+6])))
+		last := &f.Nodes[len(f.Nodes)-1]
+		last.PresharedKey = fingerprint(r.IntN(3))
 		if r.IntN(2) == 0 {
-			last := &f.Nodes[len(f.Nodes)-1]
 			last.Pods = []mesh.Claim{{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, 99, byte(r.IntN(4))}), 32)}}
 			last.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 244, 250, byte(n)})}
 		}
@@ -141,14 +142,17 @@ func TestRandomWalkLeavesForeignObjectsAlone(t *testing.T) {
 func TestRepairs(t *testing.T) {
 	k := open(t)
 	want := plan(mesh.Facts{
-		Nodes:     []mesh.Node{node(1, "10.244.1.0/24", "fd00:244:1::/64"), node(2, "10.244.2.0/24")},
+		Nodes:     []mesh.Node{sharing(1, node(1, "10.244.1.0/24", "fd00:244:1::/64")), node(2, "10.244.2.0/24")},
 		LocalPods: []netip.Addr{netip.MustParseAddr("10.244.99.1")},
 	})
 	apply(t, k, want)
 	if ops := apply(t, k, want); len(ops) > 0 {
 		t.Fatalf("a plan that is in place is applied again:\n%s", mesh.Text(ops))
 	}
-	peer := peerKey(1).String()
+	peer, file := peerKey(1).String(), t.TempDir()+"/preshared.key"
+	if err := os.WriteFile(file, []byte(psk(2).String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, breakage := range []string{
 		"nft delete table inet wgcni",
 		"nft flush ruleset",
@@ -177,6 +181,9 @@ func TestRepairs(t *testing.T) {
 		"wg set wgcni0 peer " + peer + " allowed-ips 10.244.1.0/24",
 		"wg set wgcni0 peer " + peer + " endpoint 192.0.2.99:1",
 		"wg set wgcni0 peer " + peer + " persistent-keepalive 9",
+		"wg set wgcni0 peer " + peer + " preshared-key " + file,
+		"wg set wgcni0 peer " + peer + " preshared-key /dev/null", // removes it
+		"wg set wgcni0 peer " + peerKey(2).String() + " preshared-key " + file,
 		"wg set wgcni0 peer " + peerKey(77).String() + " allowed-ips 10.244.2.0/24",
 		"wg set wgcni0 listen-port 51999",
 		"wg set wgcni0 fwmark 0x8",
@@ -216,8 +223,8 @@ func TestRemoveAllowedIP(t *testing.T) {
 	for i := range 200 {
 		prefixes = append(prefixes, fmt.Sprintf("10.244.%d.0/24", i))
 	}
-	apply(t, k, plan(mesh.Facts{Nodes: []mesh.Node{node(1, prefixes...), node(2, "fd00:244:2::/64")}}))
-	ops := apply(t, k, plan(mesh.Facts{Nodes: []mesh.Node{node(1, prefixes[:100]...), node(2, append([]string{"fd00:244:2::/64"}, prefixes[100:150]...)...)}}))
+	apply(t, k, plan(mesh.Facts{Nodes: []mesh.Node{sharing(1, node(1, prefixes...)), node(2, "fd00:244:2::/64")}}))
+	ops := apply(t, k, plan(mesh.Facts{Nodes: []mesh.Node{sharing(1, node(1, prefixes[:100]...)), sharing(2, node(2, append([]string{"fd00:244:2::/64"}, prefixes[100:150]...)...))}}))
 	for _, op := range ops {
 		if _, ok := op.(mesh.RemovePeer); ok {
 			t.Errorf("a peer was removed: %s", op)
@@ -338,7 +345,7 @@ func TestPodLink(t *testing.T) {
 	sh(t, `mkdir -p /run/netns; ip netns add pod; ip netns add far
 ip link add v0 type veth peer name eth0 netns pod; ip link set v0 up; ip -n pod link set eth0 up
 ip link add spare type veth peer name other netns far; ip link set spare netns pod
-ip -n pod link add eth9 type ifb`)
+ip -n pod link add eth9 type bridge`)
 	defer sh(t, "ip netns del pod; ip netns del far")
 	p, err := kernel.OpenPodLink("/run/netns/pod", "eth0")
 	if err != nil {

@@ -129,8 +129,9 @@ const link = "wgcni0"
 func open(t *testing.T) *kernel.Kernel {
 	t.Helper()
 	k, err := kernel.Open(kernel.Config{
-		Interface:  link,
-		PrivateKey: func() (wgtypes.Key, error) { return key, nil },
+		Interface:    link,
+		PrivateKey:   func() (wgtypes.Key, error) { return key, nil },
+		PresharedKey: presharedKeys,
 		StartTunnel: func(name string, mtu int) error {
 			return userspace.Start(name, mtu, t.TempDir()+"/tunnel.log")
 		},

@@ -139,48 +139,97 @@ func leadingPeerOps(ops []mesh.Op) int {
 	return max(n, 1)
 }
 
+// applyPeers carries out ops that may share one message. One whose preshared key
+// is not at hand is left out, all of it: a new peer would be there without its key.
 func (k *Kernel) applyPeers(ops []mesh.Op) error {
 	if o, ok := ops[0].(mesh.SetPeer); ok && len(o.Remove) > 0 {
-		return k.removeAllowedIPs(o)
+		return about(ops, k.removeAllowedIPs(o))
 	}
 	var c wgtypes.Config
+	var sent, keyless []mesh.Op
+	var missing error // the first; for the others it will be the same
 	link := ""
 	for _, op := range ops {
 		switch o := op.(type) {
 		case mesh.SetPeer:
+			p, err := k.encodePeer(o)
+			if err != nil {
+				keyless = append(keyless, o)
+				if missing == nil {
+					missing = err
+				}
+				continue
+			}
 			link = o.Link
-			c.Peers = append(c.Peers, encodePeer(o))
+			c.Peers = append(c.Peers, p)
 		case mesh.RemovePeer:
 			link = o.Link
 			// UpdateOnly: a peer that is gone already is not made first.
 			c.Peers = append(c.Peers, wgtypes.PeerConfig{PublicKey: o.PublicKey, Remove: true, UpdateOnly: true})
 		}
+		sent = append(sent, op)
 	}
-	if err := k.wg.configure(link, c); err != nil {
-		if len(ops) == 1 {
-			return err
-		}
-		return fmt.Errorf("%s, and %d peers more: %w", ops[0], len(ops)-1, err)
+	var err error
+	if len(sent) > 0 {
+		err = k.wg.configure(link, c)
 	}
-	return nil
+	return errors.Join(about(keyless, missing), about(sent, err))
 }
 
-func encodePeer(o mesh.SetPeer) wgtypes.PeerConfig {
+// about says what an error was met with: of many ops, it names the first.
+func about(ops []mesh.Op, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case len(ops) == 1:
+		return fmt.Errorf("%s: %w", ops[0], err)
+	}
+	return fmt.Errorf("%s, and %d peers more: %w", ops[0], len(ops)-1, err)
+}
+
+func (k *Kernel) encodePeer(o mesh.SetPeer) (wgtypes.PeerConfig, error) {
 	p := wgtypes.PeerConfig{PublicKey: o.PublicKey, PersistentKeepaliveInterval: o.Keepalive}
+	if o.PresharedKey != nil {
+		key, err := k.presharedKey(o.PublicKey, *o.PresharedKey)
+		if err != nil {
+			return p, err
+		}
+		p.PresharedKey = &key
+	}
 	if o.Endpoint.IsValid() {
 		p.Endpoint = net.UDPAddrFromAddrPort(o.Endpoint)
 	}
 	for _, prefix := range o.Add {
 		p.AllowedIPs = append(p.AllowedIPs, *netipx.PrefixIPNet(prefix))
 	}
-	return p
+	return p, nil
+}
+
+// presharedKey returns the key of that fingerprint. For none it is all zeros,
+// by which WireGuard removes the one there is (WGPEER_A_PRESHARED_KEY in
+// <linux/wireguard.h>; preshared_key in wireguard.com/xplatform).
+func (k *Kernel) presharedKey(peer wgtypes.Key, f mesh.Fingerprint) (wgtypes.Key, error) {
+	if f == (mesh.Fingerprint{}) {
+		return wgtypes.Key{}, nil
+	}
+	if k.PresharedKey == nil {
+		return wgtypes.Key{}, errors.New("no preshared key at hand")
+	}
+	key, err := k.PresharedKey(peer, f)
+	if err != nil {
+		return wgtypes.Key{}, fmt.Errorf("no preshared key at hand: %w", err)
+	}
+	if mesh.FingerprintOf(key) != f {
+		return wgtypes.Key{}, errors.New("the preshared key has changed since the plan was made; the next pass will use it")
+	}
+	return key, nil
 }
 
 func decodePeers(in []wgtypes.Peer) []mesh.Peer {
 	out := make([]mesh.Peer, 0, len(in))
 	for _, p := range in {
 		d := mesh.Peer{
-			PublicKey: p.PublicKey, Keepalive: p.PersistentKeepaliveInterval,
+			PublicKey: p.PublicKey, PresharedKey: mesh.FingerprintOf(p.PresharedKey), Keepalive: p.PersistentKeepaliveInterval,
 			ReceiveBytes: p.ReceiveBytes, TransmitBytes: p.TransmitBytes,
 		}
 		if p.LastHandshakeTime.Unix() > 0 {

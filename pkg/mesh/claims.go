@@ -36,9 +36,12 @@ type Ownership struct {
 }
 
 // Owners decides between the claims of all nodes. The result depends only on
-// the set of nodes and the clusterCIDRs, so every node that holds the same
-// snapshot decides alike, in whatever order the records arrived:
+// the set of nodes, the clusterCIDRs and the revoked keys, so every node that
+// holds the same snapshot decides alike, in whatever order the records arrived:
 //
+//   - a node with a revoked public key is refused, and nothing of its record
+//     counts: not even an address may be exempt, by which a forgotten machine
+//     would go on sending plaintext to the pods;
 //   - two nodes with one public key are both refused;
 //   - a claim must lie inside clusterCIDRs and may not be a default route;
 //   - an endpoint inside a claimed prefix would send the tunnel into itself:
@@ -51,14 +54,16 @@ type Ownership struct {
 //     longer is not exempt: it would be an order to the whole mesh to send
 //     what goes to that pod in the clear.
 //
-// The names of the nodes must differ, as the registry's keys do.
-func Owners(nodes []Node, clusterCIDRs []netip.Prefix) Ownership {
+// The names of the nodes must differ, as the registry's keys do. What revoked
+// means is told at Facts.Revoked.
+func Owners(nodes []Node, clusterCIDRs []netip.Prefix, revoked map[wgtypes.Key]string) Ownership {
 	nodes = slices.SortedFunc(slices.Values(nodes), func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 	o := Ownership{
 		Prefixes:  map[string][]netip.Prefix{},
 		Endpoints: map[string]netip.AddrPort{},
 		Refused:   map[string]bool{},
 	}
+	nodes = o.refuseRevoked(nodes, revoked)
 	o.refuseSharedKeys(nodes)
 	byAddr := o.endpointsByAddress(nodes)
 	for _, l := range byAddr {
@@ -70,15 +75,41 @@ func Owners(nodes []Node, clusterCIDRs []netip.Prefix) Ownership {
 	for name := range o.Prefixes {
 		o.Prefixes[name] = SortPrefixes(o.Prefixes[name])
 	}
-	slices.SortFunc(o.Conflicts, func(a, b Conflict) int {
-		return cmp.Or(cmp.Compare(a.Node, b.Node), cmp.Compare(a.What, b.What), cmp.Compare(a.Reason, b.Reason))
-	})
+	slices.SortFunc(o.Conflicts, compareConflicts)
 	o.Conflicts = slices.Compact(o.Conflicts)
 	return o
 }
 
+func compareConflicts(a, b Conflict) int {
+	return cmp.Or(cmp.Compare(a.Node, b.Node), cmp.Compare(a.What, b.What), cmp.Compare(a.Reason, b.Reason))
+}
+
 func (o *Ownership) refuse(node string, what any, reason string, args ...any) {
 	o.Conflicts = append(o.Conflicts, Conflict{Node: node, What: fmt.Sprint(what), Reason: fmt.Sprintf(reason, args...)})
+}
+
+// refuseRevoked returns the nodes that are left.
+func (o *Ownership) refuseRevoked(nodes []Node, revoked map[wgtypes.Key]string) []Node {
+	return slices.DeleteFunc(nodes, func(n Node) bool {
+		c, gone := revocation(n, revoked)
+		if gone {
+			o.Refused[n.Name] = true
+			o.Conflicts = append(o.Conflicts, c)
+		}
+		return gone
+	})
+}
+
+// revocation says whether a node's key has been revoked, and what to tell then.
+func revocation(n Node, revoked map[wgtypes.Key]string) (Conflict, bool) {
+	forgotten, gone := revoked[n.PublicKey]
+	if !gone || !hasKey(n.PublicKey) {
+		return Conflict{}, false
+	}
+	return Conflict{
+		Node: n.Name, What: "public key " + n.PublicKey.String(),
+		Reason: fmt.Sprintf("it was revoked when %s was forgotten; to let the machine in again, stop wgcnid there, run `wgcnid leave --purge` and start it", forgotten),
+	}, true
 }
 
 func (o *Ownership) refuseSharedKeys(nodes []Node) {

@@ -224,6 +224,8 @@ func (d *differ) removeRules() {
 }
 
 // setPeers adds (or, in the later half, removes) allowed IPs, with all else that a peer needs.
+// A new peer gets its preshared key in the op that makes it: a moment without
+// one would be enough for a session without one.
 func (d *differ) setPeers(removing bool) {
 	var taken map[netip.Prefix]bool // made when something is removed, which is rare
 	for _, want := range d.planned.Peers {
@@ -251,11 +253,15 @@ func (d *differ) setPeers(removing bool) {
 		if d.endpointDiffers(*h, want) {
 			o.Endpoint = want.Endpoint
 		}
+		if h.PresharedKey != want.PresharedKey {
+			presharedKey := want.PresharedKey // a copy, as below
+			o.PresharedKey = &presharedKey
+		}
 		if h.Keepalive != want.Keepalive {
 			keepalive := want.Keepalive // a copy, or each loop's want lives on the heap
 			o.Keepalive = &keepalive
 		}
-		if !known || o.Endpoint.IsValid() || o.Keepalive != nil || len(o.Add) > 0 {
+		if !known || o.PresharedKey != nil || o.Endpoint.IsValid() || o.Keepalive != nil || len(o.Add) > 0 {
 			d.add(o)
 		}
 	}

@@ -69,6 +69,7 @@ func TestDiffText(t *testing.T) {
 		Settings: settings("10.244.0.0/16"), Self: node("a", 1, "10.244.1.0/24"),
 		Nodes: []mesh.Node{node("b", 2, "10.244.2.0/24")}, LocalPods: addrs("10.244.9.1"),
 	}
+	facts.Nodes[0].PresharedKey = psk(1)
 	facts.Keepalive = 25 * time.Second
 	p := mesh.NewPlan(facts).State
 	const up = `nft replace table: cluster [10.244.0.0/16] guarded [10.244.0.0/16] local [10.244.1.0/24] exempt []
@@ -79,7 +80,7 @@ ip address add 10.244.1.0/32 dev wgcni0
 ip route replace unreachable 10.244.0.0/16 metric 1048576 table 5182
 ip route replace throw 10.244.1.0/24 table 5182
 ip route replace throw 10.244.9.1/32 table 5182
-wg set wgcni0 peer k2 (b) endpoint 192.0.2.2:51820 persistent-keepalive 25s allowed-ips +10.244.2.0/24
+wg set wgcni0 peer k2 (b) preshared-key (hidden) endpoint 192.0.2.2:51820 persistent-keepalive 25s allowed-ips +10.244.2.0/24
 ip route replace 10.244.2.0/24 dev wgcni0 src 10.244.1.0 table 5182
 ip rule add ipv4 priority 5182 not fwmark 0x1000000/0x1000000 lookup 5182
 `
@@ -102,10 +103,12 @@ nft delete table
 // Each row is a change, and the ops that it must come to.
 func TestDiffOneChange(t *testing.T) {
 	base := func() mesh.Facts {
-		return mesh.Facts{
+		f := mesh.Facts{
 			Settings: settings("10.244.0.0/16"), Self: node("a", 1, "10.244.1.0/24"),
 			Nodes: []mesh.Node{node("b", 2, "10.244.2.0/24"), node("c", 3, "10.244.3.0/24")}, LocalPods: addrs("10.244.1.5"),
 		}
+		f.Nodes[1].PresharedKey = psk(3)
+		return f
 	}
 	for _, tt := range []struct {
 		name   string
@@ -118,6 +121,19 @@ func TestDiffOneChange(t *testing.T) {
 		{
 			"key", func(f *mesh.Facts) { f.Nodes[0].PublicKey = key(4) },
 			"wg set wgcni0 peer k4 (b) endpoint 192.0.2.2:51820 allowed-ips +10.244.2.0/24\nwg set wgcni0 peer k2 remove\n",
+		},
+		// Nothing but the key: not the peer, its endpoint nor its allowed IPs.
+		{
+			"the first preshared key, and another", func(f *mesh.Facts) { f.Nodes[0].PresharedKey, f.Nodes[1].PresharedKey = psk(1), psk(2) },
+			"wg set wgcni0 peer k2 (b) preshared-key (hidden)\nwg set wgcni0 peer k3 (c) preshared-key (hidden)\n",
+		},
+		{
+			"no preshared key any more", func(f *mesh.Facts) { f.Nodes[1].PresharedKey = psk(0) },
+			"wg set wgcni0 peer k3 (c) preshared-key (none)\n",
+		},
+		{
+			"key and preshared key", func(f *mesh.Facts) { f.Nodes[0].PublicKey, f.Nodes[0].PresharedKey = key(4), psk(1) },
+			"wg set wgcni0 peer k4 (b) preshared-key (hidden) endpoint 192.0.2.2:51820 allowed-ips +10.244.2.0/24\nwg set wgcni0 peer k2 remove\n",
 		},
 		{
 			"swap", func(f *mesh.Facts) {
@@ -202,14 +218,23 @@ func TestNeedsLinkAndSplit(t *testing.T) {
 	}
 }
 
-// A key never appears in a text. The public one may.
+// A key never appears in a text. The public one may. Not even a preshared key's
+// fingerprint does: whether there is one is all that a reader can use.
 func TestTextHidesKeys(t *testing.T) {
 	private := wgtypes.Key{9: 9, 31: 77}
 	self := node("a", 1, "10.244.1.0/24")
 	self.PublicKey = private.PublicKey()
-	p := mesh.NewPlan(mesh.Facts{Settings: settings("10.244.0.0/16"), Self: self, Nodes: []mesh.Node{node("b", 2, "10.244.2.0/24")}})
+	preshared := wgtypes.Key{7: 7, 31: 78}
+	b := node("b", 2, "10.244.2.0/24")
+	b.PresharedKey = mesh.FingerprintOf(preshared)
+	p := mesh.NewPlan(mesh.Facts{Settings: settings("10.244.0.0/16"), Self: self, Nodes: []mesh.Node{b}})
 	text := mesh.Text(append(mesh.Diff(mesh.State{}, p.State, mesh.Context{}), mesh.Diff(p.State, mesh.State{}, mesh.Context{})...))
-	if strings.Contains(text, private.String()) || !strings.Contains(text, "private-key (hidden)") {
+	for _, secret := range []string{private.String(), preshared.String(), b.PresharedKey.String()} {
+		if strings.Contains(text, secret) {
+			t.Errorf("%s is in\n%s", secret, text)
+		}
+	}
+	if !strings.Contains(text, "private-key (hidden)") || !strings.Contains(text, "preshared-key (hidden)") {
 		t.Error(text)
 	}
 }

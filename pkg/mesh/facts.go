@@ -73,6 +73,9 @@ type Claim struct {
 type Node struct {
 	Name      string
 	PublicKey wgtypes.Key
+	// PresharedKey is of the key that this node and that one share; the zero
+	// value when they share none.
+	PresharedKey Fingerprint
 	// Endpoint is where its WireGuard listens; the zero value when it is not
 	// known or could not be resolved.
 	Endpoint netip.AddrPort
@@ -117,9 +120,13 @@ type Facts struct {
 
 	// Self is this node. While its PublicKey is zero the node has no key yet:
 	// the plan then holds all that keeps plaintext from leaving, and no tunnel.
+	// So it does where the key is among Revoked.
 	Self Node
 	// Nodes are all known machines; Self may be among them, by name.
 	Nodes []Node
+	// Revoked are the public keys that nobody may use any more, each with the
+	// name of the forgotten node that it belonged to.
+	Revoked map[wgtypes.Key]string
 	// LocalPods are the addresses of the pods attached to this node, in any order.
 	LocalPods []netip.Addr
 }

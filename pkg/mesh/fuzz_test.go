@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
@@ -52,7 +53,7 @@ func (c *cursor) claims() (out []mesh.Claim) {
 }
 
 func (c *cursor) node(name string) mesh.Node {
-	n := mesh.Node{Name: name, PublicKey: key(int(c.next() & 31)), Since: at(int(c.next() & 7))}
+	n := mesh.Node{Name: name, PublicKey: key(int(c.next() & 31)), PresharedKey: psk(int(c.next() & 3)), Since: at(int(c.next() & 7))}
 	n.Prefixes, n.Pods = c.claims(), c.claims()
 	if b := c.next(); b&1 != 0 {
 		n.Endpoint = netip.AddrPortFrom(c.address(), 51820)
@@ -78,6 +79,10 @@ func (c *cursor) facts() mesh.Facts {
 	}
 	for range c.next() & 3 {
 		f.LocalPods = append(f.LocalPods, c.address())
+	}
+	f.Revoked = map[wgtypes.Key]string{}
+	for range c.next() & 3 {
+		f.Revoked[key(int(c.next()&31))] = "gone"
 	}
 	return f
 }
@@ -115,19 +120,36 @@ func FuzzOwners(f *testing.F) {
 		c := cursor(b)
 		facts := c.facts()
 		nodes := append(slices.Clone(facts.Nodes), facts.Self)
-		want := mesh.Owners(nodes, facts.ClusterCIDRs)
+		want := mesh.Owners(nodes, facts.ClusterCIDRs, facts.Revoked)
 		rng := rand.New(rand.NewPCG(uint64(len(b)), 1))
 		for range 3 {
 			nodes = shuffled(rng, nodes)
 			for i := range nodes {
 				nodes[i].Prefixes, nodes[i].Pods = shuffled(rng, nodes[i].Prefixes), shuffled(rng, nodes[i].Pods)
 			}
-			if got := mesh.Owners(nodes, facts.ClusterCIDRs); !reflect.DeepEqual(want, got) {
+			if got := mesh.Owners(nodes, facts.ClusterCIDRs, facts.Revoked); !reflect.DeepEqual(want, got) {
 				t.Fatalf("another order (-want +got):\n%s", cmp.Diff(want, got, byEqual))
 			}
 		}
 		checkOwners(t, want, nodes, facts.ClusterCIDRs)
+		checkRevoked(t, want, nodes, facts)
 	})
+}
+
+// checkRevoked: of a node that was forgotten nothing counts, as if it had no record.
+func checkRevoked(t *testing.T, o mesh.Ownership, nodes []mesh.Node, f mesh.Facts) {
+	t.Helper()
+	revoked := func(n mesh.Node) bool { return n.PublicKey != key(0) && f.Revoked[n.PublicKey] != "" }
+	without := mesh.Owners(slices.DeleteFunc(slices.Clone(nodes), revoked), f.ClusterCIDRs, nil)
+	for _, n := range nodes {
+		if revoked(n) && !o.Refused[n.Name] {
+			t.Errorf("%s is not refused", n.Name)
+		}
+	}
+	o.Refused, o.Conflicts, without.Refused, without.Conflicts = nil, nil, nil, nil
+	if !reflect.DeepEqual(without, o) {
+		t.Errorf("without the forgotten nodes' records (-want +got):\n%s", cmp.Diff(without, o, byEqual))
+	}
 }
 
 func checkOwners(t *testing.T, o mesh.Ownership, nodes []mesh.Node, clusterCIDRs []netip.Prefix) {

@@ -21,6 +21,9 @@ func key(n int) wgtypes.Key { return wgtypes.Key{0: byte(n >> 8), 1: byte(n)} }
 // keyName prints key(n) as "kn", for golden text.
 func keyName(k wgtypes.Key) string { return fmt.Sprintf("k%d", int(k[0])<<8|int(k[1])) }
 
+// psk makes fingerprints of preshared keys. That of 0 is none.
+func psk(n int) mesh.Fingerprint { return mesh.Fingerprint{7: byte(n)} }
+
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 
 func addrs(in ...string) (out []netip.Addr) {

@@ -171,7 +171,7 @@ func same(a, b mesh.State) bool {
 	f, g := a.Filter, b.Filter
 	return a.Link == b.Link && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Routes, b.Routes) && slices.Equal(a.Rules, b.Rules) &&
 		slices.EqualFunc(a.Peers, b.Peers, func(p, q mesh.Peer) bool {
-			return p.PublicKey == q.PublicKey && p.Endpoint == q.Endpoint && p.Keepalive == q.Keepalive && slices.Equal(p.AllowedIPs, q.AllowedIPs)
+			return p.PublicKey == q.PublicKey && p.PresharedKey == q.PresharedKey && p.Endpoint == q.Endpoint && p.Keepalive == q.Keepalive && slices.Equal(p.AllowedIPs, q.AllowedIPs)
 		}) &&
 		f.Interface == g.Interface && f.Broken == g.Broken && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) &&
 		slices.Equal(f.Local, g.Local) && slices.Equal(f.Pods, g.Pods) && slices.Equal(f.Exempt, g.Exempt)
@@ -179,10 +179,11 @@ func same(a, b mesh.State) bool {
 
 // watch is what must hold at every moment between two plans.
 type watch struct {
-	stays   map[netip.Prefix]wgtypes.Key // allowed to the same peer before and after
-	moves   map[netip.Prefix]bool        // allowed to some peer before, to another after
-	guarded []netip.Addr                 // may never leave in plaintext
-	pods    []netip.Addr                 // attached, and in the cluster, before and after
+	stays   map[netip.Prefix]wgtypes.Key       // allowed to the same peer before and after
+	moves   map[netip.Prefix]bool              // allowed to some peer before, to another after
+	guarded []netip.Addr                       // may never leave in plaintext
+	pods    []netip.Addr                       // attached, and in the cluster, before and after
+	keys    map[wgtypes.Key][]mesh.Fingerprint // each peer's preshared key before, and after
 	foreign string
 }
 
@@ -198,6 +199,10 @@ func newWatch(before, after mesh.State, pods []netip.Addr) watch {
 		default:
 			w.moves[p] = true
 		}
+	}
+	w.keys = map[wgtypes.Key][]mesh.Fingerprint{}
+	for _, p := range slices.Concat(before.Peers, after.Peers) {
+		w.keys[p.PublicKey] = append(w.keys[p.PublicKey], p.PresharedKey)
 	}
 	if before.Link.Name != after.Link.Name { // the interface itself goes
 		w.stays, w.moves = nil, nil
@@ -228,6 +233,10 @@ func (w watch) check(t *testing.T, k, doomed *kerneltest.Kernel) {
 	allowed := 0
 	for _, p := range now.Peers {
 		allowed += len(p.AllowedIPs)
+		// A peer that is made first and given its key then could shake hands without it.
+		if !slices.Contains(w.keys[p.PublicKey], p.PresharedKey) {
+			t.Errorf("peer %s has preshared key %s, want one of %v", keyName(p.PublicKey), p.PresharedKey, w.keys[p.PublicKey])
+		}
 	}
 	if allowed != len(owner) {
 		t.Errorf("an allowed IP has two owners")

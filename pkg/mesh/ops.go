@@ -50,13 +50,14 @@ type (
 	// SetPeer adds a peer or changes it. Remove lists allowed IPs that no other
 	// peer takes; one that moves is only ever added, to its new peer.
 	SetPeer struct {
-		Link      string
-		PublicKey wgtypes.Key
-		Name      string
-		Endpoint  netip.AddrPort // zero: leave
-		Keepalive *time.Duration // nil: leave
-		Add       []netip.Prefix
-		Remove    []netip.Prefix
+		Link         string
+		PublicKey    wgtypes.Key
+		Name         string
+		PresharedKey *Fingerprint   // nil: leave; zero: remove the key
+		Endpoint     netip.AddrPort // zero: leave
+		Keepalive    *time.Duration // nil: leave
+		Add          []netip.Prefix
+		Remove       []netip.Prefix
 	}
 	// AddRule adds a policy rule.
 	AddRule struct{ Rule Rule }
@@ -143,6 +144,13 @@ func (o SetPeer) String() string {
 	s := fmt.Sprintf("wg set %s peer %s", o.Link, o.PublicKey)
 	if o.Name != "" {
 		s += " (" + o.Name + ")"
+	}
+	switch {
+	case o.PresharedKey == nil:
+	case *o.PresharedKey == Fingerprint{}:
+		s += " preshared-key (none)"
+	default:
+		s += " preshared-key (hidden)"
 	}
 	if o.Endpoint.IsValid() {
 		s += " endpoint " + o.Endpoint.String()

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
@@ -32,6 +33,15 @@ func listening(name string, n, since int, where string) mesh.Node {
 	m := holder(name, n, since)
 	m.Endpoint = endpoint(where)
 	return m
+}
+
+// forgotten are two keys that are revoked in all of ownersTests. The zero key is no key.
+var forgotten = map[wgtypes.Key]string{key(9): "x", key(0): "z"}
+
+// revokedText is the conflict of a node with key(9).
+func revokedText(name string) string {
+	return name + ": public key " + key(9).String() +
+		" refused: it was revoked when x was forgotten; to let the machine in again, stop wgcnid there, run `wgcnid leave --purge` and start it"
 }
 
 // ownersTest has the nodes and what Owners makes of them: a line "name: prefixes"
@@ -59,6 +69,16 @@ var ownersTests = []ownersTest{
 			"b: public key " + key(1).String() + " refused: a has the same key; delete the private key of the copy and restart it",
 		},
 	},
+	// A forgotten machine whose helper runs on publishes its record again.
+	{"a revoked key, under its old name and under another", []mesh.Node{
+		holder("a", 9, 1, "10.244.1.0/24"), podHolder("b", 9, 2, "10.244.200.1/32"), holder("c", 3, 3, "10.244.0.0/20"), podHolder("d", 4, 1, "10.244.200.1/32"),
+	}, []string{"c: 10.244.0.0/20", "d: 10.244.200.1/32", revokedText("a"), revokedText("b")}},
+	// Else it would go on talking to the pods in plaintext, as any address that it likes.
+	{"a revoked key's addresses are not exempt", []mesh.Node{func() mesh.Node {
+		m := listening("a", 9, 1, "10.244.77.1:51820")
+		m.Addresses = addrs("10.244.77.2")
+		return m
+	}(), holder("c", 3, 3, "10.244.77.0/24")}, []string{"c: 10.244.77.0/24", revokedText("a")}},
 	{
 		"no key is no conflict, and no peer",
 		[]mesh.Node{holder("a", 0, 1, "10.244.1.0/24"), holder("b", 0, 2, "10.244.1.0/24"), holder("c", 3, 3, "10.244.1.0/24")},
@@ -194,7 +214,7 @@ func TestOwners(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			for range 8 { // every node decides alike, in whatever order the records arrive
 				rng.Shuffle(len(tt.nodes), func(i, j int) { tt.nodes[i], tt.nodes[j] = tt.nodes[j], tt.nodes[i] })
-				got := ownersText(tt.nodes, mesh.Owners(tt.nodes, prefixes("10.244.0.0/16", "fd00::/16")))
+				got := ownersText(tt.nodes, mesh.Owners(tt.nodes, prefixes("10.244.0.0/16", "fd00::/16"), forgotten))
 				if diff := cmp.Diff(tt.want, got, cmpopts.EquateEmpty()); diff != "" {
 					t.Fatalf("Owners (-want +got):\n%s", diff)
 				}
@@ -229,7 +249,7 @@ func TestOwnersEndpoints(t *testing.T) {
 	keep, lose, twin := listening("keep", 1, 1, "192.0.2.1:1"), listening("lose", 2, 5, "10.244.1.1:1"), listening("twin", 3, 1, "192.0.2.3:1")
 	other := twin
 	other.Name = "other"
-	o := mesh.Owners([]mesh.Node{keep, lose, twin, other, holder("old", 4, 2, "10.244.1.0/24"), listening("no", 5, 1, "192.0.2.5:1")}, prefixes("10.244.0.0/16"))
+	o := mesh.Owners([]mesh.Node{keep, lose, twin, other, holder("old", 4, 2, "10.244.1.0/24"), listening("no", 5, 1, "192.0.2.5:1")}, prefixes("10.244.0.0/16"), nil)
 	want := map[string]netip.AddrPort{"keep": keep.Endpoint, "old": endpoint("192.0.2.4:51820"), "no": endpoint("192.0.2.5:1")}
 	if diff := cmp.Diff(want, o.Endpoints, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Errorf("endpoints (-want +got):\n%s", diff)
@@ -246,7 +266,7 @@ func TestOwnersOfManyClones(t *testing.T) {
 	for i := range 1000 {
 		nodes = append(nodes, mesh.Node{Name: fmt.Sprintf("clone%04d", i), PublicKey: key(1)})
 	}
-	o := mesh.Owners(nodes, prefixes("10.0.0.0/8"))
+	o := mesh.Owners(nodes, prefixes("10.0.0.0/8"), nil)
 	if len(o.Conflicts) != len(nodes) || len(o.Refused) != len(nodes) {
 		t.Fatalf("%d conflicts, %d refused; want %d each", len(o.Conflicts), len(o.Refused), len(nodes))
 	}

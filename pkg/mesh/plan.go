@@ -3,6 +3,8 @@ package mesh
 import (
 	"net/netip"
 	"slices"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
 // Plan is the state a node's kernel should hold, and the claims that were refused on the way.
@@ -17,10 +19,18 @@ func NewPlan(f Facts) Plan {
 	local = slices.DeleteFunc(local, func(p netip.Prefix) bool { return !anyCovers(f.ClusterCIDRs, p) })
 	pods := outside(f.LocalPods, local, f.ClusterCIDRs)
 
+	conflict, revoked := revocation(f.Self, f.Revoked)
+	if revoked {
+		f.Self.PublicKey = wgtypes.Key{} // as while there is none: the tunnel goes, what guards stays
+	}
 	nodes := slices.DeleteFunc(slices.Clone(f.Nodes), func(n Node) bool { return n.Name == f.Self.Name })
-	owners := Owners(append(nodes, f.Self), f.ClusterCIDRs)
+	owners := Owners(append(nodes, f.Self), f.ClusterCIDRs, f.Revoked)
 
 	p := Plan{Conflicts: owners.Conflicts}
+	if revoked {
+		p.Conflicts = append(p.Conflicts, conflict)
+		slices.SortFunc(p.Conflicts, compareConflicts)
+	}
 	p.Routes = localRoutes(f, local, pods, owners.Exempt)
 	p.Rules = rules(f.Settings)
 	p.Filter = Filter{
@@ -67,8 +77,8 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 		}
 		prefixes := slices.DeleteFunc(slices.Clone(owners.Prefixes[n.Name]), func(q netip.Prefix) bool { return ours[q] })
 		p.Peers = append(p.Peers, Peer{
-			Name: n.Name, PublicKey: n.PublicKey, Endpoint: owners.Endpoints[n.Name],
-			AllowedIPs: prefixes, Keepalive: f.Keepalive,
+			Name: n.Name, PublicKey: n.PublicKey, PresharedKey: n.PresharedKey,
+			Endpoint: owners.Endpoints[n.Name], AllowedIPs: prefixes, Keepalive: f.Keepalive,
 		})
 		for _, q := range prefixes {
 			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})

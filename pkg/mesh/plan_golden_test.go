@@ -142,4 +142,19 @@ nft set cluster 10.244.0.0/16
 nft set guarded 10.244.0.0/16
 nft set local 10.244.1.0/24
 `
+	presharedKey = `
+ip link wgcni0 mtu 1420 up
+ip address 10.244.1.0/32 dev wgcni0
+wg wgcni0 public-key k1 listen-port 51820 fwmark 0x1000000
+wg wgcni0 peer k2 preshared key: (hidden) endpoint 192.0.2.2:51820 allowed-ips 10.244.2.0/24
+wg wgcni0 peer k3 endpoint 192.0.2.3:51820
+ip route unreachable 10.244.0.0/16 metric 1048576 table 5182
+ip route throw 10.244.1.0/24 table 5182
+ip route 10.244.2.0/24 dev wgcni0 src 10.244.1.0 table 5182
+ip rule ipv4 priority 5182 not fwmark 0x1000000/0x1000000 lookup 5182
+nft table for wgcni0
+nft set cluster 10.244.0.0/16
+nft set guarded 10.244.0.0/16
+nft set local 10.244.1.0/24
+`
 )

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/kernel/kerneltest"
 	"github.com/wgcni/wgcni/pkg/mesh"
@@ -67,6 +68,10 @@ func planTests(a, b mesh.Node) []planTest {
 	flatter.Pods = claims(3, "10.0.7.7/32")
 	liar := node("c", 3)
 	liar.Addresses = addrs("10.244.2.9")
+	secret := b
+	secret.PresharedKey = psk(1)
+	forgottenA := map[wgtypes.Key]string{a.PublicKey: "old-a"}
+	selfForgotten := []string{"a: public key " + a.PublicKey.String() + " refused: it was revoked when old-a was forgotten; to let the machine in again, stop wgcnid there, run `wgcnid leave --purge` and start it"}
 	thief := node("c", 3)
 	thief.Pods = claims(9, "10.244.1.7/32")
 
@@ -82,6 +87,20 @@ func planTests(a, b mesh.Node) []planTest {
 		// unknown peer, throw, plaintext (calico#3760). Without a key all is refused.
 		{"no key yet", mesh.Facts{Settings: v4, Self: noKey, Nodes: []mesh.Node{b}, LocalPods: addrs("10.244.200.1")}, keyless, nil},
 		{"no key yet, preferred", mesh.Facts{Settings: preferred, Self: noKey, Nodes: []mesh.Node{b}}, keylessPreferred, nil},
+		// A node that was forgotten keeps its pods from being heard in plaintext, all the same.
+		{
+			"own key revoked",
+			mesh.Facts{Settings: v4, Self: a, Nodes: []mesh.Node{b}, LocalPods: addrs("10.244.200.1"), Revoked: forgottenA},
+			keyless, selfForgotten,
+		},
+		{"own key revoked, preferred", mesh.Facts{Settings: preferred, Self: a, Nodes: []mesh.Node{b}, Revoked: forgottenA}, keylessPreferred, selfForgotten},
+		{
+			"another's key revoked",
+			mesh.Facts{Settings: v4, Self: a, Nodes: []mesh.Node{b}, Revoked: map[wgtypes.Key]string{b.PublicKey: "b"}},
+			alone,
+			[]string{"b: public key " + b.PublicKey.String() + " refused: it was revoked when b was forgotten; to let the machine in again, stop wgcnid there, run `wgcnid leave --purge` and start it"},
+		},
+		{"preshared key", mesh.Facts{Settings: v4, Self: a, Nodes: []mesh.Node{secret, node("c", 3)}}, presharedKey, nil},
 		{"pods outside of prefixes", mesh.Facts{
 			Settings: v4, Self: a, Nodes: []mesh.Node{outsider},
 			LocalPods: addrs("10.244.200.1", "10.244.1.5", "192.0.2.77", "::ffff:10.244.200.9"),

@@ -32,11 +32,12 @@ type Link struct {
 
 // Peer is one WireGuard peer.
 type Peer struct {
-	Name       string // of its node; only plans know it
-	PublicKey  wgtypes.Key
-	Endpoint   netip.AddrPort
-	AllowedIPs []netip.Prefix
-	Keepalive  time.Duration
+	Name         string // of its node; only plans know it
+	PublicKey    wgtypes.Key
+	PresharedKey Fingerprint
+	Endpoint     netip.AddrPort
+	AllowedIPs   []netip.Prefix
+	Keepalive    time.Duration
 
 	// What only an observation knows.
 	LastHandshake time.Time

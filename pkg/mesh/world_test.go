@@ -8,11 +8,13 @@ import (
 	"slices"
 	"time"
 
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
 // world makes up facts, one change after another: nodes that join, leave, get
-// new keys, swap prefixes; pods that move; settings that change.
+// new keys, swap prefixes, are forgotten; pods that move; settings that change.
 type world struct {
 	rng   *rand.Rand
 	now   int // minutes; every change has a time of its own
@@ -48,6 +50,9 @@ func (w *world) somePod() netip.Addr {
 	}
 	return addr(fmt.Sprintf("10.244.200.%d", n))
 }
+
+// somePSK is one of few, none among them.
+func (w *world) somePSK() mesh.Fingerprint { return psk(w.rng.IntN(4)) }
 
 func (w *world) someClaims() (out []mesh.Claim) {
 	for range w.rng.IntN(3) {
@@ -97,10 +102,13 @@ func (w *world) changeNodes() {
 	a, b := w.someNode(), w.someNode()
 	if a == nil || w.rng.IntN(5) == 0 {
 		name := fmt.Sprintf("n%d", w.rng.IntN(9))
-		w.nodes[name] = &mesh.Node{Name: name, PublicKey: key(1 + w.rng.IntN(200)), Endpoint: w.someEndpoint(), Prefixes: w.someClaims(), Since: w.at()}
+		w.nodes[name] = &mesh.Node{
+			Name: name, PublicKey: key(1 + w.rng.IntN(200)), PresharedKey: w.somePSK(),
+			Endpoint: w.someEndpoint(), Prefixes: w.someClaims(), Since: w.at(),
+		}
 		return
 	}
-	switch w.rng.IntN(9) {
+	switch w.rng.IntN(12) {
 	case 0:
 		delete(w.nodes, a.Name)
 	case 1:
@@ -115,12 +123,28 @@ func (w *world) changeNodes() {
 		a.Endpoint = w.someEndpoint()
 	case 6:
 		a.Addresses = []netip.Addr{addr("192.0.2.50"), w.somePod()}
+	case 7:
+		a.PresharedKey = w.somePSK()
+	case 8:
+		for _, n := range w.nodes { // another cluster secret
+			n.PresharedKey = w.somePSK()
+		}
+	case 9:
+		w.forget(a)
 	default: // A -> B -> A is skipped by a stale cache (felix#2535)
 		pod := w.somePod()
 		a.Pods = append(slices.Clone(a.Pods), mesh.Claim{Prefix: netip.PrefixFrom(pod, pod.BitLen()), Since: w.at()})
 		if b != a && w.rng.IntN(2) == 0 {
 			b.Pods = nil
 		}
+	}
+}
+
+// forget revokes a node's key, and lets one in again. The node may not know yet.
+func (w *world) forget(n *mesh.Node) {
+	w.facts.Revoked = map[wgtypes.Key]string{n.PublicKey: n.Name}
+	if w.rng.IntN(2) == 0 {
+		delete(w.nodes, n.Name)
 	}
 }
 
@@ -135,7 +159,7 @@ func (w *world) changePods() {
 
 func (w *world) changeSelf() {
 	f := &w.facts
-	switch w.rng.IntN(9) {
+	switch w.rng.IntN(10) {
 	case 0:
 		f.Self.PublicKey = key(w.rng.IntN(200)) // may be none, or another's
 	case 1:
@@ -158,6 +182,8 @@ func (w *world) changeSelf() {
 		if w.rng.IntN(3) == 0 {
 			f.Interface = []string{"wgcni0", "wg1"}[w.rng.IntN(2)]
 		}
+	case 9:
+		w.forget(&f.Self)
 	}
 }
 

@@ -16,15 +16,28 @@ func (l *Loop) removed() bool {
 		return false
 	}
 	theirs, ok := l.fresh.Nodes[l.config.NodeName]
-	return ok && theirs.Left && theirs.Revision > l.known.Self.Revision
+	return ok && theirs.Left && theirs.Revision > l.known.Self.Revision && !l.forgotten()
 }
+
+// forgotten reports whether the mesh has revoked our key. Then there is nothing
+// to announce with it, and the plan has no tunnel: see mesh.Facts.Revoked.
+func (l *Loop) forgotten() bool { return Forgotten(l.config.NodeName, l.Key, l.known) }
 
 // announce publishes our record if the registry does not have it as it is now.
 func (l *Loop) announce(now time.Time) {
 	if l.fresh == nil {
 		return // its revision of our record is not known yet
 	}
+	if l.forgotten() {
+		if l.publisher.clear(); !l.outcast {
+			l.Log.Error("the mesh has forgotten this node and revoked its key: traffic to other nodes is dropped", "mend", "to join again with a new key, stop wgcnid, run `wgcnid leave --purge`, and start it")
+		}
+		l.outcast = true
+		return
+	}
+	l.outcast = false
 	self := l.known.Self
+	self.Seal.Secret = l.trust.Secrets.Current()
 	accepted := l.known.Records.Nodes[self.Name]
 	theirs, there := l.fresh.Nodes[self.Name]
 	if l.published != nil {
@@ -32,7 +45,7 @@ func (l *Loop) announce(now time.Time) {
 	}
 	// Else the registry was rolled back: the others refuse what it has of us.
 	current := there && theirs.Revision >= accepted.Revision
-	if current && sameContent(theirs, self) {
+	if current && theirs.SameContent(self) {
 		l.joined, l.rival = true, false
 		l.known.Self.Revision = theirs.Revision
 		return
@@ -49,52 +62,58 @@ func (l *Loop) announce(now time.Time) {
 	if l.rival && l.away != nil {
 		return // the other's record may well be there, out of our sight
 	}
-	if pending := l.publisher.pending(); pending != nil && sameContent(*pending, self) {
+	if pending := l.publisher.pending(); pending != nil && pending.record.SameContent(self) {
 		return
 	}
-	if sameContent(accepted, self) && accepted.Revision >= self.Revision {
+	seen := max(self.Revision, theirs.Revision, accepted.Revision)
+	if accepted.SameContent(self) && accepted.Revision >= self.Revision {
 		// The registry may have lost it. If not, nothing changes there: thousands
 		// of nodes that all come back from an outage would wake each other.
 		self.Revision = accepted.Revision
 	} else {
-		self.Revision = registry.NextRevision(max(self.Revision, theirs.Revision, accepted.Revision), now)
+		self.Revision = registry.NextRevision(seen, now)
+	}
+	sealed, err := l.trust.Seal(self)
+	if err != nil { // it has nothing that could fail
+		l.Log.Error("record not published", "error", err)
+		return
 	}
 	l.known.Self.Revision = self.Revision
 	l.heard = false
-	l.publisher.put(self)
-}
-
-// sameContent compares all but the revision.
-func sameContent(a, b registry.Record) bool {
-	a.Revision = b.Revision
-	return a.Equal(b)
+	l.publisher.put(offer{sealed, seen})
 }
 
 func (l *Loop) hearPublished(r publishResult) {
 	if final(r.err) {
-		l.publisher.drop(r.record)
+		l.publisher.drop(r.offer)
 	}
+	record := r.offer.record
 	switch {
 	case r.err == nil:
 		l.joined, l.unpublished = true, ""
-		if r.record.Revision > l.known.Records.Nodes[r.record.Name].Revision {
-			l.known.Records.Nodes[r.record.Name] = *r.record
+		if record.Revision > l.known.Records.Nodes[record.Name].Revision {
+			l.known.Records.Nodes[record.Name] = record
 		}
 		if !l.heard { // else what the registry told meanwhile may be later
-			l.published = r.record
+			l.published = &record
 		}
-		l.Log.Info("published", "registry", l.Registry.String(), "revision", r.record.Revision,
-			"prefixes", len(r.record.Prefixes), "pods", len(r.record.Pods))
+		l.Log.Info("published", "registry", l.Registry.String(), "revision", record.Revision,
+			"prefixes", len(record.Prefixes), "pods", len(record.Pods))
 	case errors.Is(r.err, registry.ErrStale):
 		// Somebody was quicker; the registry's next word tells with what. Nothing is
-		// offered before: it may be our tombstone.
+		// offered before: it may be our tombstone, even one of a lesser revision.
+		l.unpublished = ""
 		l.Log.Warn("record not published; trying again", "error", r.err)
-		if l.fresh != nil && l.fresh.Nodes[r.record.Name].Revision < staleKnown(r.err) {
+		l.known.Self.Revision = min(l.known.Self.Revision, l.known.Records.Nodes[record.Name].Revision)
+		if l.fresh != nil && l.fresh.Nodes[record.Name].Revision < staleKnown(r.err) {
 			l.fresh, l.published = nil, nil
 		}
 	default:
 		if text := r.err.Error(); text != l.unpublished { // else it would be said every few seconds
 			l.Log.Warn("record not published; trying again", "registry", l.Registry.String(), "error", r.err)
+			if l.unpublished == "" {
+				l.unpublishedSince = l.Now()
+			}
 			l.unpublished = text
 		}
 	}
@@ -106,9 +125,15 @@ func staleKnown(err error) uint64 {
 	return s.Known
 }
 
+// offer is a record to be published, and the revision that it follows.
+type offer struct {
+	record registry.Record
+	seen   uint64
+}
+
 type publishResult struct {
-	record *registry.Record
-	err    error
+	offer *offer
+	err   error
 }
 
 // final reports whether there is no use in trying again.
@@ -122,7 +147,7 @@ type publisher struct {
 	done    chan struct{}
 
 	mu   sync.Mutex
-	want *registry.Record
+	want *offer
 }
 
 const (
@@ -131,7 +156,7 @@ const (
 	publishRetryMax = 5 * time.Second
 )
 
-func newPublisher(ctx context.Context, r registry.Registry) *publisher {
+func newPublisher(ctx context.Context, r Registry) *publisher {
 	p := &publisher{results: make(chan publishResult), wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
@@ -140,12 +165,12 @@ func newPublisher(ctx context.Context, r registry.Registry) *publisher {
 	return p
 }
 
-func (p *publisher) run(ctx context.Context, r registry.Registry) {
+func (p *publisher) run(ctx context.Context, r Registry) {
 	retry := publishRetry
-	var finished *registry.Record // still pending until its result is heard
+	var finished *offer // still pending until its result is heard
 	for {
-		record := p.pending()
-		if record == nil || record == finished {
+		o := p.pending()
+		if o == nil || o == finished {
 			select {
 			case <-p.wake:
 				continue
@@ -154,15 +179,15 @@ func (p *publisher) run(ctx context.Context, r registry.Registry) {
 			}
 		}
 		publishing, cancel := context.WithTimeout(ctx, publishTimeout)
-		err := r.Publish(publishing, *record)
+		err := r.Publish(publishing, o.record, o.seen)
 		cancel()
 		select {
-		case p.results <- publishResult{record, err}:
+		case p.results <- publishResult{o, err}:
 		case <-ctx.Done():
 			return
 		}
 		if final(err) {
-			finished, retry = record, publishRetry
+			finished, retry = o, publishRetry
 			continue
 		}
 		select {
@@ -175,28 +200,31 @@ func (p *publisher) run(ctx context.Context, r registry.Registry) {
 	}
 }
 
-func (p *publisher) put(r registry.Record) {
+func (p *publisher) put(o offer) {
 	p.mu.Lock()
-	p.want = &r
+	p.want = &o
 	p.mu.Unlock()
 	poke(p.wake)
 }
 
-func (p *publisher) pending() *registry.Record {
+func (p *publisher) pending() *offer {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.want
 }
 
-// drop forgets a record whose result was heard, unless a newer one waits. Not
-// before: a pass in between would offer it once more, as a new revision.
-func (p *publisher) drop(r *registry.Record) {
+// drop forgets an offer whose result was heard, unless a newer one waits. Not
+// before: a pass in between would make it once more, as a new revision.
+func (p *publisher) drop(o *offer) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.want == r {
+	if p.want == o {
 		p.want = nil
 	}
 }
+
+// clear forgets what waits.
+func (p *publisher) clear() { p.drop(p.pending()) }
 
 func (p *publisher) wait() { <-p.done }
 

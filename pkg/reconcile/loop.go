@@ -14,6 +14,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/registry"
@@ -44,6 +45,17 @@ type LoopKernel interface {
 	Underlay() (kernel.Underlay, error)
 }
 
+// Registry is where records come from and go to; a *registry.Registry.
+type Registry interface {
+	Publish(ctx context.Context, record registry.Record, seen uint64) error
+	Snapshot(context.Context) (registry.Snapshot, error)
+	Watch(context.Context) <-chan registry.Update
+	SetTrust(registry.Trust)
+	String() string
+}
+
+var _ Registry = (*registry.Registry)(nil)
+
 // Loop keeps a node's kernel as planned, and its record published, for ever.
 // All fields but Adopt, Report and Resync are required.
 type Loop struct {
@@ -52,7 +64,7 @@ type Loop struct {
 	Load     func() (config.Config, error)
 	Key      wgtypes.Key // public
 	Kernel   LoopKernel
-	Registry registry.Registry
+	Registry Registry
 	Resolver *Resolver
 	Log      *slog.Logger
 	Now      func() time.Time
@@ -66,6 +78,8 @@ type Loop struct {
 	Resync time.Duration
 
 	config      config.Config
+	trust       registry.Trust
+	pairs       *identity.Pairs
 	known       store.Known
 	saved       store.Known // what peers.db holds
 	underlay    kernel.Underlay
@@ -77,23 +91,16 @@ type Loop struct {
 	joined      bool             // our record was in the registry at some time of this run
 	failing     string           // what the last pass failed with
 	unpublished string           // what the last attempt to publish failed with
-	refused     map[string]bool  // records that were refused in the last snapshot, and why
+	refusals    refusals         // of the registry's last word
 	rival       bool             // somebody else publishes under our name
+	outcast     bool             // our key is revoked, and that was said
 	pods        []netip.Addr     // attached to this node, as of the last pass
 	published   *registry.Record // what was published since the registry's last word
 	heard       bool             // the registry has told something since our record was last offered
 	publisher   *publisher
-}
 
-// Report is how things stand after a pass.
-type Report struct {
-	At            time.Time       `json:"at"`
-	Error         string          `json:"error,omitempty"`         // of the last pass
-	RegistryError string          `json:"registryError,omitempty"` // why it cannot be read or written
-	RegistrySince time.Time       `json:"registrySince,omitzero"`  // since when
-	Conflicts     []mesh.Conflict `json:"conflicts,omitempty"`
-	Invalid       []string        `json:"invalid,omitempty"` // records that were refused
-	Rival         bool            `json:"rival,omitempty"`   // another node uses our name
+	unpublishedSince time.Time
+	secretsError     string // why the secrets could not be read again
 }
 
 // Run keeps at it until ctx ends. It then leaves the kernel as it is: traffic
@@ -180,8 +187,8 @@ func (l *Loop) Once(ctx context.Context, publish bool) (Outcome, error) {
 		l.hear(registry.Update{Snapshot: snapshot, Err: err})
 	}
 	outcome, err := l.pass(ctx)
-	if record := l.publisher.pending(); publish && record != nil {
-		err = errors.Join(err, l.Registry.Publish(ctx, *record))
+	if o := l.publisher.pending(); publish && o != nil {
+		err = errors.Join(err, l.Registry.Publish(ctx, o.record, o.seen))
 	}
 	return outcome, err
 }
@@ -211,8 +218,37 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 			l.Log.Warn("a range of this node's pods is not inside clusterCIDRs: its traffic is not encrypted", "range", p, "mend", "add it to clusterCIDRs on every node")
 		}
 	}
+	if err := l.readSecrets(); err != nil {
+		return err
+	}
 	l.sweep(ctx)
 	return nil
+}
+
+// readSecrets reads the cluster's secrets, and where they or what they are good
+// for have changed looks at every record anew, at those of the disk too.
+func (l *Loop) readSecrets() error {
+	trust, err := ReadTrust(l.config)
+	if err != nil {
+		return err
+	}
+	if l.pairs != nil && trust.Equal(l.trust) {
+		return nil
+	}
+	l.trust, l.pairs = trust, identity.NewPairs(l.Key, trust.Secrets)
+	l.Registry.SetTrust(trust)
+	for name, r := range l.known.Records.Nodes {
+		if err := trust.Check(r); err != nil {
+			delete(l.known.Records.Nodes, name)
+			l.Log.Warn("a record that was known is no longer trusted", "error", err)
+		}
+	}
+	return nil
+}
+
+// PresharedKey is for kernel.Config.
+func (l *Loop) PresharedKey(peer wgtypes.Key, f mesh.Fingerprint) (wgtypes.Key, error) {
+	return l.pairs.Reveal(peer, f)
 }
 
 // lookBelow reads the underlay and reports whether it has changed.
@@ -245,21 +281,9 @@ func (l *Loop) hear(u registry.Update) {
 		l.away = nil
 	}
 	merged, stale := registry.Merge(l.known.Records, u.Snapshot)
-	refused := map[string]bool{}
-	for _, s := range stale {
-		if s.Name != l.config.NodeName {
-			refused[s.Error()] = true
-		}
+	for _, r := range l.refusals.hear(l.config.NodeName, u.Snapshot.Invalid, stale, l.Now()) {
+		l.Log.Warn("record refused", "kind", r.Kind, "error", r.Reason)
 	}
-	for name, err := range u.Snapshot.Invalid {
-		refused[name+": "+err.Error()] = true
-	}
-	for why := range refused {
-		if !l.refused[why] { // else it would be said again at each change of the registry
-			l.Log.Warn("record refused", "error", why)
-		}
-	}
-	l.refused = refused
 	l.known.Records, l.fresh, l.published = merged, &u.Snapshot, nil
 	if ours := merged.Nodes[l.config.NodeName]; ours.Left && !l.joined && ours.Revision > l.known.Self.Revision {
 		// We were forgotten while we were away, and may have lost our prefixes to
@@ -276,6 +300,14 @@ func (l *Loop) resync(ctx context.Context) {
 	} else {
 		c.RunDir, c.StateDir = l.config.RunDir, l.config.StateDir // they need a restart
 		l.config = c
+	}
+	if err := l.readSecrets(); err != nil {
+		if l.secretsError != err.Error() { // else it would be said at every resync
+			l.Log.Error("the cluster's secrets cannot be read; going on with the last ones", "error", err)
+		}
+		l.secretsError = err.Error()
+	} else {
+		l.secretsError = ""
 	}
 	l.lookBelow()
 	l.sweep(ctx)
@@ -295,7 +327,7 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	defer cancel()
 	l.adoptIfNew(ctx)
 	o, err := Pass{
-		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Observed: l.observed,
+		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Pairs: l.pairs, Observed: l.observed,
 		Context: mesh.Context{Now: now, Moved: l.moved},
 	}.Run(ctx)
 	if err == nil || err.Error() != l.failing { // else they would be said every second
@@ -370,24 +402,4 @@ func (l *Loop) save(ctx context.Context) {
 		return
 	}
 	l.saved = l.known.Clone()
-}
-
-func (l *Loop) report(o Outcome, err error) {
-	if l.Report == nil {
-		return
-	}
-	r := Report{At: l.Now(), Conflicts: o.Plan.Conflicts, Rival: l.rival}
-	if err != nil {
-		r.Error = err.Error()
-	}
-	if l.away != nil {
-		r.RegistryError, r.RegistrySince = l.away.Error(), l.awaySince
-	}
-	if l.fresh != nil {
-		for name, err := range l.fresh.Invalid {
-			r.Invalid = append(r.Invalid, name+": "+err.Error())
-		}
-		slices.Sort(r.Invalid)
-	}
-	l.Report(r)
 }

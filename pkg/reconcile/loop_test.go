@@ -279,14 +279,18 @@ func TestLoopReports(t *testing.T) {
 	thief := record("c")
 	thief.Prefixes = claims(at(1), "10.244.2.0/25")
 	n := newNode(t, record("b"), thief)
-	n.registry.invalid = map[string]error{"Z": errors.New("record \"Z\": name: bad")}
+	n.registry.raw = map[string]string{"Z": `{"name": "Z"}`}
 	n.joins()
 	eventually(t, "the conflict", func() bool { return len(n.report().Conflicts) == 1 })
 	want := reconcile.Report{
 		Conflicts: []mesh.Conflict{{Node: "c", What: "10.244.2.0/25", Reason: "b has held 10.244.2.0/24 longer"}},
-		Invalid:   []string{"Z: record \"Z\": name: bad"},
+		Refused: []reconcile.Refusal{{
+			Node: "Z", Kind: reconcile.KindMalformed,
+			Reason: `record "Z": name: want lower case letters, digits, '-' and '.', with a letter or digit around each '.' (RFC 1123 subdomain)`,
+		}},
+		RefusedTotal: map[string]uint64{reconcile.KindMalformed: 1},
 	}
-	if diff := cmp.Diff(want, n.report(), cmpopts.IgnoreFields(reconcile.Report{}, "At")); diff != "" {
+	if diff := cmp.Diff(want, n.report(), cmpopts.IgnoreFields(reconcile.Report{}, "At"), cmpopts.IgnoreFields(reconcile.Refusal{}, "Since")); diff != "" {
 		t.Errorf("report (-want +got):\n%s", diff)
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/registry"
@@ -31,17 +32,37 @@ type Kernel interface {
 var _ Kernel = (*kernel.Kernel)(nil)
 
 // Facts joins what the configuration, the key, the mesh and the pods say.
-func Facts(c config.Config, key wgtypes.Key, known store.Known, pods []netip.Addr) mesh.Facts {
-	f := mesh.Facts{Settings: c.Settings, LocalPods: pods}
+func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.Known, pods []netip.Addr) mesh.Facts {
+	f := mesh.Facts{Settings: c.Settings, LocalPods: pods, Revoked: map[wgtypes.Key]string{}}
 	f.MTU = mtuOf(c, known)
 	f.Self = node(known.Self, known.Endpoints)
 	f.Self.Name, f.Self.PublicKey = c.NodeName, key
+	// The secret that the others see our record sealed with, not the one that the
+	// next record will have: both ends of a tunnel choose its key by the same two.
+	own := pairs.Current()
+	if r, published := known.Records.Nodes[c.NodeName]; published && !r.Left {
+		own = r.Seal.Secret
+	}
 	for _, r := range known.Records.Nodes {
-		if !r.Left && r.Name != c.NodeName {
-			f.Nodes = append(f.Nodes, node(r, known.Endpoints))
+		if revoked, ok := r.Revoked(); ok && (f.Revoked[revoked] == "" || r.Name < f.Revoked[revoked]) {
+			f.Revoked[revoked] = r.Name
 		}
+		if r.Left || r.Name == c.NodeName {
+			continue
+		}
+		n := node(r, known.Endpoints)
+		if psk, ok := pairs.PresharedKey(own, r.Seal.Secret, r.PublicKey); ok {
+			n.PresharedKey = mesh.FingerprintOf(psk)
+		}
+		f.Nodes = append(f.Nodes, n)
 	}
 	return f
+}
+
+// Forgotten reports whether the mesh has revoked a node's key.
+func Forgotten(name string, key wgtypes.Key, known store.Known) bool {
+	revoked, ok := known.Records.Nodes[name].Revoked()
+	return ok && revoked == key
 }
 
 func node(r registry.Record, endpoints map[string]netip.AddrPort) mesh.Node {
@@ -64,10 +85,12 @@ func Digest(s mesh.Settings) string {
 
 // Pass is one observe, diff and apply.
 type Pass struct {
-	Config  config.Config
-	Kernel  Kernel
-	Known   store.Known
-	Key     wgtypes.Key // public; zero if the node has none yet
+	Config config.Config
+	Kernel Kernel
+	Known  store.Known
+	Key    wgtypes.Key // public; zero if the node has none yet
+	// Pairs derive the tunnels' preshared keys; nil for a mesh without a secret.
+	Pairs   *identity.Pairs
 	Context mesh.Context
 	// Observed is used instead of asking the kernel. Optional.
 	Observed *mesh.State
@@ -115,7 +138,7 @@ func (p Pass) plan(o *Outcome, st *store.Attachments) error {
 	if !complete {
 		addrs = append(addrs, o.Observed.Filter.Pods...)
 	}
-	o.Plan = mesh.NewPlan(Facts(p.Config, p.Key, p.Known, addrs))
+	o.Plan = mesh.NewPlan(Facts(p.Config, p.Key, p.Pairs, p.Known, addrs))
 	o.Ops = mesh.Diff(o.Observed, o.Plan.State, p.Context)
 	return nil
 }

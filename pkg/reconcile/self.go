@@ -12,6 +12,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/registry"
@@ -31,6 +32,26 @@ func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []neti
 	held := mesh.Node{Prefixes: before.Prefixes, Pods: before.Pods}
 	r.Prefixes, r.Pods = mesh.Announce(c.PodCIDRs, c.ClusterCIDRs, pods, held, now)
 	return r
+}
+
+// ReadTrust reads the cluster's secrets, where the configuration names any.
+func ReadTrust(c config.Config) (t registry.Trust, err error) {
+	if c.SecretFile == "" {
+		return t, nil
+	}
+	t.AcceptUnsealed = c.AcceptUnsealed
+	t.Secrets, err = identity.LoadSecrets(c.SecretFile)
+	return t, err
+}
+
+// ReadPairs reads what the preshared keys of the node with this public key are
+// derived from. It is nil where the configuration names no secret.
+func ReadPairs(c config.Config, key wgtypes.Key) (*identity.Pairs, error) {
+	trust, err := ReadTrust(c)
+	if err != nil || len(trust.Secrets) == 0 {
+		return nil, err
+	}
+	return identity.NewPairs(key, trust.Secrets), nil
 }
 
 // Endpoints are where others reach this node: as configured, else at the addresses that the default routes use.

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -200,19 +199,19 @@ func (k *fakeKernel) calls() [][]mesh.Op {
 	return slices.Clone(k.applied)
 }
 
-// fakeRegistry is a registry that the tests rule.
+// fakeRegistry is a registry that the tests rule: a real one, in a fake store.
 type fakeRegistry struct {
+	*registry.Registry
+
 	mu        sync.Mutex
 	records   map[string]registry.Record
-	invalid   map[string]error
-	away      error // of reading and of publishing
+	raw       map[string]string // what else is stored
+	away      error             // of reading and of publishing
 	published []registry.Record
 	changed   chan struct{} // closed and replaced at every change
 	// onPublish, if set, is called before a record is taken; its error is Publish's.
 	onPublish func(registry.Record) error
 }
-
-var _ registry.Registry = (*fakeRegistry)(nil)
 
 var errAway = errors.New("no route to host")
 
@@ -221,10 +220,9 @@ func newRegistry(records ...registry.Record) *fakeRegistry {
 	for _, rec := range records {
 		r.records[rec.Name] = rec
 	}
+	r.Registry = registry.New(fakeStore{r}, registry.Trust{})
 	return r
 }
-
-func (r *fakeRegistry) String() string { return "fake:" }
 
 // set changes the registry, as an administrator or other nodes do.
 func (r *fakeRegistry) set(f func(*fakeRegistry)) {
@@ -254,7 +252,7 @@ func (r *fakeRegistry) publications() []registry.Record {
 	return slices.Clone(r.published)
 }
 
-func (r *fakeRegistry) Publish(_ context.Context, rec registry.Record) error {
+func (r *fakeRegistry) Publish(ctx context.Context, rec registry.Record, seen uint64) error {
 	r.mu.Lock()
 	r.published = append(r.published, rec)
 	hook := r.onPublish
@@ -264,46 +262,73 @@ func (r *fakeRegistry) Publish(_ context.Context, rec registry.Record) error {
 			return err
 		}
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.away != nil {
-		return r.away
+	return r.Registry.Publish(ctx, rec, seen)
+}
+
+// fakeStore is the store of a fakeRegistry.
+type fakeStore struct{ r *fakeRegistry }
+
+func (fakeStore) String() string { return "fake:" }
+
+func (s fakeStore) state() (registry.Change, <-chan struct{}) {
+	s.r.mu.Lock()
+	defer s.r.mu.Unlock()
+	return s.locked()
+}
+
+func (s fakeStore) locked() (registry.Change, <-chan struct{}) {
+	if s.r.away != nil {
+		return registry.Change{Err: s.r.away}, s.r.changed
 	}
-	if err := rec.Validate(); err != nil {
+	entries := registry.Entries{}
+	for name, rec := range s.r.records {
+		text, err := json.Marshal(rec)
+		if err != nil {
+			return registry.Change{Err: err}, s.r.changed
+		}
+		entries[name] = text
+	}
+	for name, text := range s.r.raw {
+		entries[name] = []byte(text)
+	}
+	return registry.Change{Entries: entries}, s.r.changed
+}
+
+func (s fakeStore) Entries(context.Context) (registry.Entries, error) {
+	c, _ := s.state()
+	return c.Entries, c.Err
+}
+
+func (s fakeStore) Update(_ context.Context, name string, change func([]byte) ([]byte, error)) error {
+	s.r.mu.Lock()
+	defer s.r.mu.Unlock()
+	c, _ := s.locked()
+	if c.Err != nil {
+		return c.Err
+	}
+	text, err := change(c.Entries[name])
+	if err != nil || text == nil {
 		return err
 	}
-	later, err := registry.Accept(r.records[rec.Name], rec)
-	if _, there := r.records[rec.Name]; there && (err != nil || !later) {
+	rec, err := registry.Decode(name, text)
+	if err != nil {
 		return err
 	}
-	r.records[rec.Name] = rec
-	close(r.changed)
-	r.changed = make(chan struct{})
+	s.r.records[name] = rec
+	delete(s.r.raw, name)
+	close(s.r.changed)
+	s.r.changed = make(chan struct{})
 	return nil
 }
 
-func (r *fakeRegistry) state() (registry.Update, <-chan struct{}) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.away != nil {
-		return registry.Update{Err: r.away}, r.changed
-	}
-	return registry.Update{Snapshot: registry.Snapshot{Nodes: maps.Clone(r.records), Invalid: maps.Clone(r.invalid)}}, r.changed
-}
-
-func (r *fakeRegistry) Snapshot(context.Context) (registry.Snapshot, error) {
-	u, _ := r.state()
-	return u.Snapshot, u.Err
-}
-
-func (r *fakeRegistry) Watch(ctx context.Context) <-chan registry.Update {
-	out := make(chan registry.Update)
+func (s fakeStore) Watch(ctx context.Context) <-chan registry.Change {
+	out := make(chan registry.Change)
 	go func() {
 		defer close(out)
 		for {
-			u, changed := r.state()
+			c, changed := s.state()
 			select {
-			case out <- u:
+			case out <- c:
 			case <-ctx.Done():
 				return
 			}

@@ -2,6 +2,7 @@ package registry_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -58,6 +59,7 @@ func TestRecordJSON(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.Extra = map[string]json.RawMessage{"addedLater": json.RawMessage(`{"a":[1]}`)}
 	if diff := cmp.Diff(r, back); diff != "" {
 		t.Error(diff)
 	}
@@ -105,6 +107,9 @@ func TestValidate(t *testing.T) {
 		{"mapped prefix", func(r *registry.Record) { r.Pods[0].Prefix = prefix("::ffff:10.0.0.0/104") }, "pods[0]: prefix"},
 		{"claim without time", func(r *registry.Record) { r.Pods[0].Since = time.Time{} }, "pods[0]: since: in the year 1:"},
 		{"tombstone", func(r *registry.Record) { *r = registry.Record{Name: "a", Revision: 1, Left: true} }, ""},
+		{"tombstone that revokes", func(r *registry.Record) {
+			*r = registry.Record{Name: "a", PublicKey: r.PublicKey, Revision: 1, Left: true}
+		}, ""},
 		{"tombstone with more", func(r *registry.Record) { r.Left = true }, "left: a tombstone has"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -115,6 +120,34 @@ func TestValidate(t *testing.T) {
 				t.Errorf("error %v, want %q", err, c.want)
 			}
 		})
+	}
+}
+
+func TestDecodeRefuses(t *testing.T) {
+	good, err := json.Marshal(registrytest.Record("node-a", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	with := func(field string) string { return string(good[:len(good)-1]) + "," + field + "}" }
+	for _, c := range []struct{ name, text, want string }{
+		{"truncated", string(good[:len(good)/2]), `record of "node-a": unexpected end of JSON input`},
+		{"empty", "", `record of "node-a"`},
+		{"newer version", with(`"version": 2`), `record of "node-a": version 2 is a newer version than 1, which this wgcni reads: upgrade wgcni on this node`},
+		{"newer version with other types", `{"name": ["a"], "version": 3}`, "version 3 is a newer version"},
+		{"no version of ours", with(`"version": -1`), "version: -1: want 1, or none"},
+		{"a field in other letters", with(`"Revision": 9`), `field "Revision": want revision`},
+		{"a seal of another form", with(`"seal": "v9:abc"`), "seal"},
+	} {
+		r, err := registry.Decode("node-a", []byte(c.text))
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %+v, error %v; want %q", c.name, r, err, c.want)
+		}
+		if newer := strings.HasPrefix(c.name, "newer"); newer != errors.Is(err, registry.ErrVersion) {
+			t.Errorf("%s: ErrVersion is %v", c.name, !newer)
+		}
+	}
+	if _, err := registry.Decode("node-a", []byte(with(`"version": 1`))); err != nil {
+		t.Errorf("version 1: %v", err)
 	}
 }
 
@@ -173,6 +206,7 @@ func FuzzRecord(f *testing.F) {
 		}
 		f.Add(data)
 	}
+	f.Add([]byte(`{"name":"a","left":true,"revision":1,"version":1,"seal":"0badcafe:AAAA","x":"<\u2028","y":[1e999, {"z":null}]}`))
 	f.Add([]byte(`{"name":"a","publicKey":"AAAA","since":"9999-12-31T23:59:59-23:59","revision":1e3}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var r registry.Record

@@ -1,35 +1,98 @@
 package registry
 
 import (
-	"cmp"
+	"bytes"
 	"context"
-	"errors"
+	"encoding/json"
 	"fmt"
-	"maps"
-	"slices"
+	"sync"
 )
 
-// Registry is where records are kept. Handles are safe for concurrent use, and
-// any number of them, in any number of processes, may be open on one registry.
-type Registry interface {
-	// Publish puts the record under its name. It returns an error that is
-	// ErrStale, and a Stale, if the registry has the same or a later revision
-	// with other content; publishing what is already there is a cheap no-op.
-	// A Publish that ctx ended may or may not have taken place.
-	Publish(ctx context.Context, record Record) error
+// Registry is the records of a store, as far as they are to be trusted.
+type Registry struct {
+	store Store
 
-	// Snapshot returns the present records.
-	Snapshot(ctx context.Context) (Snapshot, error)
+	mu       sync.Mutex
+	trust    Trust
+	distrust chan struct{} // closed when trust changes
+}
 
-	// Watch sends the present state at once and then one Update after every
-	// change. Changes in quick succession may be sent as one; the last state
-	// always is sent. While the registry cannot be read it sends one Update with
-	// Err for every new cause, and a Snapshot again when it is back. The channel
-	// is closed when ctx ends, and by nothing else.
-	Watch(ctx context.Context) <-chan Update
+// New returns the registry in a store.
+func New(store Store, trust Trust) *Registry {
+	return &Registry{store: store, trust: trust, distrust: make(chan struct{})}
+}
 
-	// String names the registry, such as "file:/srv/shared/mesh.json".
-	String() string
+// String names the registry, such as "file:/srv/shared/mesh.json".
+func (r *Registry) String() string { return r.store.String() }
+
+// SetTrust looks at all records anew. Every Watch sends an Update.
+func (r *Registry) SetTrust(t Trust) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.trust = t
+	close(r.distrust)
+	r.distrust = make(chan struct{})
+}
+
+// Trust returns whom the registry trusts.
+func (r *Registry) Trust() Trust {
+	t, _ := r.trusted()
+	return t
+}
+
+// trusted returns the trust that counts, and what tells of its end.
+func (r *Registry) trusted() (Trust, <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.trust, r.distrust
+}
+
+// Publish puts the record, which must be sealed, under its name. seen is the
+// revision of that name's record which the caller knew when it made this one, 0
+// for none. A record of another maker that has come meanwhile stands: the error
+// then is ErrStale, and a Stale. Publishing what is already there is a cheap
+// no-op. What is stored and may not be trusted has no revision to respect.
+//
+// A Publish that ctx ended may or may not have taken place.
+func (r *Registry) Publish(ctx context.Context, record Record, seen uint64) error {
+	if err := record.Validate(); err != nil {
+		return err
+	}
+	trust := r.Trust()
+	if err := trust.Check(record); err != nil {
+		return fmt.Errorf("publish: %w", err)
+	}
+	data, err := json.Marshal(record)
+	if err != nil {
+		return fmt.Errorf("encode record %s: %w", record.Name, err)
+	}
+	return r.store.Update(ctx, record.Name, func(stored []byte) ([]byte, error) {
+		if stored == nil {
+			return data, nil
+		}
+		known, err := trust.decode(record.Name, stored)
+		if err != nil {
+			return data, nil //nolint:nilerr // nobody acts upon it
+		}
+		later, err := Accept(known, record)
+		if err == nil && later && known.Revision > seen {
+			err = Stale{Name: record.Name, Known: known.Revision, Offered: record.Revision}
+		}
+		if err != nil || !later {
+			return nil, err
+		}
+		return data, nil
+	})
+}
+
+// Snapshot returns the present records.
+func (r *Registry) Snapshot(ctx context.Context) (Snapshot, error) {
+	entries, err := r.store.Entries(ctx)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	trust := r.Trust()
+	return new(reader).read(entries, trust), nil
 }
 
 // Update is either a Snapshot or the reason why there is none.
@@ -38,98 +101,85 @@ type Update struct {
 	Err      error
 }
 
-// ErrStale is what a Publish of an outdated record returns.
-var ErrStale = errors.New("stale revision")
-
-// Stale is a record that was refused because another one with the same or a
-// later revision is known. As an error it is ErrStale. With equal revisions the
-// contents differ: two nodes use one name, or somebody altered the record.
-type Stale struct {
-	Name    string `json:"name"`
-	Known   uint64 `json:"known"`   // the revision that stands
-	Offered uint64 `json:"offered"` // the revision that was refused
+// Watch sends the present records at once and an Update after every change, as
+// Store.Watch does. The channel is closed when ctx ends, and by nothing else.
+func (r *Registry) Watch(ctx context.Context) <-chan Update {
+	out := make(chan Update)
+	go func() {
+		defer close(out)
+		r.watch(ctx, out)
+	}()
+	return out
 }
 
-func (s Stale) Error() string {
-	if s.Known == s.Offered {
-		return fmt.Sprintf("record %s: %v: %d is known with other content; does another node use this name?", s.Name, ErrStale, s.Known)
-	}
-	return fmt.Sprintf("record %s: %v: %d offered, %d is known; publish with a later revision", s.Name, ErrStale, s.Offered, s.Known)
-}
-
-// Is makes every Stale an ErrStale.
-func (s Stale) Is(target error) bool { return target == ErrStale }
-
-// Accept decides whether offered may take the place of known, a record of the
-// same name: true if it is later, false if it is the same, else a Stale.
-func Accept(known, offered Record) (bool, error) {
-	switch {
-	case offered.Revision > known.Revision:
-		return true, nil
-	case offered.Equal(known):
-		return false, nil
-	default:
-		return false, Stale{Name: known.Name, Known: known.Revision, Offered: offered.Revision}
-	}
-}
-
-// Snapshot is the records at one moment. Do not modify one that you were given.
-type Snapshot struct {
-	// Nodes has the records by node name, tombstones included.
-	Nodes map[string]Record
-	// Invalid says, by the name that it is stored under, why a record is not
-	// among Nodes.
-	Invalid map[string]error
-}
-
-// NewSnapshot returns the snapshot of these records. Of several records of one
-// name the latest revision counts, the first of them if they are equal.
-func NewSnapshot(records ...Record) Snapshot {
-	s := Snapshot{Nodes: make(map[string]Record, len(records))}
-	for _, r := range records {
-		if known, ok := s.Nodes[r.Name]; !ok || r.Revision > known.Revision {
-			s.Nodes[r.Name] = r
-		}
-	}
-	return s
-}
-
-// Records returns all records, tombstones included, sorted by name.
-func (s Snapshot) Records() []Record {
-	return slices.SortedFunc(maps.Values(s.Nodes), func(a, b Record) int { return cmp.Compare(a.Name, b.Name) })
-}
-
-// Equal reports whether both snapshots say the same.
-func (s Snapshot) Equal(o Snapshot) bool {
-	return maps.EqualFunc(s.Nodes, o.Nodes, Record.Equal) &&
-		maps.EqualFunc(s.Invalid, o.Invalid, func(a, b error) bool { return a.Error() == b.Error() })
-}
-
-// Merge takes what a registry says now into what was accepted before. No name
-// is ever lost and no revision ever goes back:
-//
-//   - a record that only cached has is kept: the registry may have been emptied;
-//   - a later revision replaces an earlier one, be it a tombstone or not;
-//   - an earlier revision, or an equal one with other content, is refused and
-//     returned as Stale: the registry may have been rolled back.
-//
-// Invalid is fresh's; a node whose record has become invalid keeps its last
-// valid one. The stale are sorted by name.
-func Merge(cached, fresh Snapshot) (merged Snapshot, stale []Stale) {
-	merged = Snapshot{Nodes: make(map[string]Record, max(len(cached.Nodes), len(fresh.Nodes))), Invalid: maps.Clone(fresh.Invalid)}
-	maps.Copy(merged.Nodes, cached.Nodes)
-	for name, offered := range fresh.Nodes {
-		if known, ok := merged.Nodes[name]; ok {
-			later, err := Accept(known, offered)
-			if s := (Stale{}); errors.As(err, &s) {
-				stale = append(stale, s)
+func (r *Registry) watch(ctx context.Context, out chan<- Update) {
+	changes := r.store.Watch(ctx)
+	trust, distrust := r.trusted()
+	var (
+		reader  reader
+		present Change
+		begun   bool
+		send    chan<- Update // nil while there is nothing new
+		update  Update
+	)
+	for {
+		select {
+		case change, open := <-changes:
+			if !open { // ctx has ended
+				return
 			}
-			if !later {
+			present, begun = change, true
+		case <-distrust:
+			trust, distrust = r.trusted()
+			reader.forget()
+			if !begun {
 				continue
 			}
+		case send <- update:
+			send = nil
+			continue
 		}
-		merged.Nodes[name] = offered
+		update, send = Update{Err: present.Err}, out
+		if present.Err == nil {
+			update.Snapshot = reader.read(present.Entries, trust)
+		}
 	}
-	slices.SortFunc(stale, func(a, b Stale) int { return cmp.Compare(a.Name, b.Name) })
-	return merged, stale
+}
+
+// reader remembers what it read, so that of a mesh of thousands only the records
+// that changed are decoded and checked.
+type reader struct {
+	before map[string]decoded
+}
+
+type decoded struct {
+	raw    []byte
+	record Record
+	err    error
+}
+
+func (d *reader) forget() { d.before = nil }
+
+// read lists the records that are valid and trusted, and why the others are not.
+func (d *reader) read(entries Entries, trust Trust) Snapshot {
+	now := make(map[string]decoded, len(entries))
+	s := Snapshot{Nodes: make(map[string]Record, len(entries))}
+	for name, raw := range entries {
+		r, ok := d.before[name]
+		if !ok || !bytes.Equal(r.raw, raw) {
+			r.raw = raw
+			r.record, r.err = trust.decode(name, raw)
+		}
+		now[name] = r
+		if r.err == nil {
+			s.Nodes[name] = r.record
+			continue
+		}
+		if s.Invalid == nil {
+			s.Invalid = map[string]error{}
+		}
+		s.Invalid[name] = r.err
+	}
+	d.before = now
+	return s
 }

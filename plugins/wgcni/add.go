@@ -165,7 +165,12 @@ func wholePass(ctx context.Context, conf config.Config, k *kernel.Kernel) (recon
 	if err != nil {
 		return reconcile.Pass{}, err
 	}
-	return reconcile.Pass{Config: conf, Kernel: k, Known: known, Key: key, Context: mesh.Context{Now: now}}, nil
+	pairs, err := reconcile.ReadPairs(conf, key)
+	if err != nil {
+		return reconcile.Pass{}, err
+	}
+	k.PresharedKey = pairs.Reveal
+	return reconcile.Pass{Config: conf, Kernel: k, Known: known, Key: key, Pairs: pairs, Context: mesh.Context{Now: now}}, nil
 }
 
 // sameAs matches the attachment of the same container and interface.

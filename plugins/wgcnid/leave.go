@@ -15,7 +15,6 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/reconcile"
-	"github.com/wgcni/wgcni/pkg/registry"
 )
 
 // leaveTimeout bounds the registry, and the wait for a running helper to end.
@@ -67,7 +66,7 @@ func leave(ctx context.Context, c config.Config, force bool, log *slog.Logger) e
 		return err
 	}
 	defer k.Close()
-	if err := publishTombstone(ctx, openRegistry(c.Registry), c.NodeName); err != nil {
+	if err := announceLeave(ctx, c); err != nil {
 		if !force {
 			return fmt.Errorf("tell the other nodes: %w; mend it, or leave with --force", err)
 		}
@@ -81,23 +80,14 @@ func leave(ctx context.Context, c config.Config, force bool, log *slog.Logger) e
 	return teardown(ctx, c, k, log)
 }
 
-// publishTombstone puts a record in our place that says we have left. A running
-// helper takes it as its order to end.
-func publishTombstone(ctx context.Context, r registry.Registry, name string) error {
-	for {
-		snapshot, err := r.Snapshot(ctx)
-		if err != nil {
-			return err
-		}
-		ours, there := snapshot.Nodes[name]
-		if !there || ours.Left {
-			return nil
-		}
-		gone := registry.Record{Name: name, Left: true, Revision: registry.NextRevision(ours.Revision, time.Now())}
-		if err := r.Publish(ctx, gone); !errors.Is(err, registry.ErrStale) {
-			return err
-		}
+// announceLeave puts a tombstone in the place of our record. A running helper
+// takes it as its order to end.
+func announceLeave(ctx context.Context, c config.Config) error {
+	v, err := viewMesh(ctx, c)
+	if err != nil {
+		return err
 	}
+	return v.bury(ctx, c.NodeName, false)
 }
 
 func awaitHelperEnd(ctx context.Context, runDir string) (*os.File, error) {

@@ -22,12 +22,24 @@ import (
 	"github.com/wgcni/wgcni/pkg/kernel/userspace"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/registry/etcd"
 	"github.com/wgcni/wgcni/pkg/registry/file"
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
-// openRegistry is the one place that knows which registries there are.
-func openRegistry(r config.Registry) registry.Registry { return file.New(r.Path) }
+// openStore is the one place that knows which stores there are.
+func openStore(r config.Registry) registry.Store {
+	if r.Type == "etcd" {
+		return etcd.New(etcd.Config(r.Etcd))
+	}
+	return file.New(r.Path)
+}
+
+// openRegistry opens the registry, and trusts whom the configuration trusts.
+func openRegistry(c config.Config) (*registry.Registry, error) {
+	trust, err := reconcile.ReadTrust(c)
+	return registry.New(openStore(c.Registry), trust), err
+}
 
 // openKernel connects to the kernel, with userspace WireGuard for one that has none.
 func openKernel(c config.Config) (*kernel.Kernel, error) {
@@ -46,17 +58,23 @@ func newLoop(o options, c config.Config, k *kernel.Kernel, log *slog.Logger) (*r
 	if err != nil {
 		return nil, err
 	}
-	return &reconcile.Loop{
+	r, err := openRegistry(c)
+	if err != nil {
+		return nil, err
+	}
+	loop := &reconcile.Loop{
 		Load:     o.load,
 		Key:      key.Public(),
 		Kernel:   k,
-		Registry: openRegistry(c.Registry),
+		Registry: r,
 		Resolver: &reconcile.Resolver{Lookup: net.DefaultResolver.LookupNetIP, Changed: func() {}},
 		Log:      log,
 		Now:      time.Now,
 		Adopt:    cachedAttachments,
 		Report:   func(r reconcile.Report) { writeReport(c.RunDir, r, log) },
-	}, nil
+	}
+	k.PresharedKey = loop.PresharedKey
+	return loop, nil
 }
 
 func reportPath(runDir string) string { return filepath.Join(runDir, "helper.json") }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -22,6 +23,7 @@ import (
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
@@ -71,6 +73,7 @@ type Status struct {
 	Interface  *LinkStatus     `json:"interface"` // null: there is none
 	Helper     bool            `json:"helperRunning"`
 	Registry   string          `json:"registry"`
+	Seal       *SealStatus     `json:"seal"` // null: whoever can write to the registry is trusted
 	Pods       int             `json:"pods"`
 	Prefixes   []netip.Prefix  `json:"prefixes,omitempty"` // this node's own
 	Peers      []PeerStatus    `json:"peers"`
@@ -78,6 +81,13 @@ type Status struct {
 	Pending    []string        `json:"pending,omitempty"` // ops that the kernel still lacks
 	// Report is the helper's last word, and so may be old.
 	Report *reconcile.Report `json:"report,omitempty"`
+}
+
+// SealStatus says what the registry's records must be sealed with.
+type SealStatus struct {
+	SealedBy identity.SecretID   `json:"sealedBy"` // what seals this node's record
+	Accepted []identity.SecretID `json:"accepted"` // what may seal the others'
+	Unsealed []string            `json:"unsealed"` // nodes that are accepted without a seal
 }
 
 // LinkStatus is the WireGuard interface.
@@ -92,6 +102,7 @@ type LinkStatus struct {
 type PeerStatus struct {
 	Name          string         `json:"name"`
 	PublicKey     string         `json:"publicKey"`
+	PresharedKey  bool           `json:"presharedKey"` // the tunnel has one
 	Endpoint      netip.AddrPort `json:"endpoint"` // "" if not known
 	LastHandshake time.Time      `json:"lastHandshake,omitzero"`
 	ReceiveBytes  int64          `json:"receiveBytes"`
@@ -139,14 +150,20 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	} else if !errors.Is(err, identity.ErrNoKey) {
 		return Status{}, err
 	}
-	pass := reconcile.Pass{Config: c, Kernel: k, Known: known, Key: public, Context: mesh.Context{Now: now}}
+	trust, err := reconcile.ReadTrust(c)
+	if err != nil {
+		return Status{}, err
+	}
+	pass := reconcile.Pass{
+		Config: c, Kernel: k, Known: known, Key: public, Pairs: identity.NewPairs(public, trust.Secrets), Context: mesh.Context{Now: now},
+	}
 	outcome, err := pass.Compare(ctx)
 	if err != nil {
 		return Status{}, err
 	}
 	s := Status{
 		Time: now, Node: c.NodeName, Encryption: c.Encryption,
-		Helper: reconcile.HelperAlive(c.RunDir), Registry: openRegistry(c.Registry).String(),
+		Helper: reconcile.HelperAlive(c.RunDir), Registry: openStore(c.Registry).String(), Seal: sealStatus(trust, known.Records),
 		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
 		Peers: peerStatuses(outcome, now),
 	}
@@ -165,8 +182,24 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	if r, err := readReport(c.RunDir); err == nil {
 		s.Report = &r
 	}
-	s.OK, s.Verdict = verdict(s, c)
+	s.OK, s.Verdict = verdict(s, c, reconcile.Forgotten(c.NodeName, public, known))
 	return s, nil
+}
+
+func sealStatus(trust registry.Trust, records registry.Snapshot) *SealStatus {
+	if len(trust.Secrets) == 0 {
+		return nil
+	}
+	s := &SealStatus{SealedBy: trust.Secrets.Current(), Unsealed: []string{}}
+	for _, secret := range trust.Secrets {
+		s.Accepted = append(s.Accepted, secret.ID())
+	}
+	for _, r := range records.Records() {
+		if !r.Left && r.Seal.IsZero() {
+			s.Unsealed = append(s.Unsealed, r.Name)
+		}
+	}
+	return s
 }
 
 func peerStatuses(o reconcile.Outcome, now time.Time) []PeerStatus {
@@ -181,7 +214,7 @@ func peerStatuses(o reconcile.Outcome, now time.Time) []PeerStatus {
 			p = want
 		}
 		out = append(out, PeerStatus{
-			Name: want.Name, PublicKey: p.PublicKey.String(), Endpoint: p.Endpoint, LastHandshake: p.LastHandshake,
+			Name: want.Name, PublicKey: p.PublicKey.String(), PresharedKey: p.PresharedKey != mesh.Fingerprint{}, Endpoint: p.Endpoint, LastHandshake: p.LastHandshake,
 			ReceiveBytes: p.ReceiveBytes, TransmitBytes: p.TransmitBytes, AllowedIPs: p.AllowedIPs,
 			State: peerState(p, ok, now),
 		})
@@ -204,9 +237,20 @@ func peerState(p mesh.Peer, present bool, now time.Time) string {
 	return stateWaiting
 }
 
+// rejoin is how a forgotten node gets in again.
+const rejoin = "To join again, stop wgcnid, run `wgcnid leave --purge` and start it."
+
 // verdict answers the one question that people have.
-func verdict(s Status, c config.Config) (bool, string) {
+func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
+	others := fmt.Sprintf("all %d other nodes", len(s.Peers))
+	if len(s.Peers) == 1 {
+		others = "the other node"
+	}
 	switch {
+	case forgotten && c.Encryption == mesh.Preferred:
+		return false, "Pod traffic is NOT encrypted: the mesh has forgotten this node and revoked its key. " + rejoin
+	case forgotten:
+		return false, "Pod traffic to other nodes is dropped: the mesh has forgotten this node and revoked its key. " + rejoin
 	case s.PublicKey == "" && c.Encryption == mesh.Preferred:
 		return false, "Pod traffic is NOT encrypted: this node has not joined yet. Start wgcnid."
 	case s.PublicKey == "":
@@ -220,9 +264,9 @@ func verdict(s Status, c config.Config) (bool, string) {
 	case len(s.Peers) == 0 && c.Encryption == mesh.Required:
 		return true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear."
 	case c.Encryption == mesh.Preferred:
-		return true, fmt.Sprintf("Pod traffic to %d joined nodes is encrypted; to all others it flows in the clear (encryption is \"preferred\").", len(s.Peers))
+		return true, fmt.Sprintf("Pod traffic to %s of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").", others)
 	}
-	return true, fmt.Sprintf("Pod traffic to all %d other nodes is encrypted; nothing leaves in the clear.", len(s.Peers))
+	return true, fmt.Sprintf("Pod traffic to %s is encrypted; nothing leaves in the clear.", others)
 }
 
 func printStatus(w io.Writer, s Status, asJSON bool) error {
@@ -239,6 +283,7 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	}
 	fmt.Fprintf(&b, "helper     %s\n", map[bool]string{true: "running", false: "NOT running: traffic flows, changes are not followed"}[s.Helper])
 	fmt.Fprintf(&b, "registry   %s%s\n", s.Registry, registryNote(s))
+	fmt.Fprintf(&b, "seal       %s\n", sealNote(s))
 	fmt.Fprintf(&b, "dropped    %d plaintext packets on their way out, %d on their way in\n\n", s.Dropped.Out.Packets, s.Dropped.In.Packets)
 
 	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
@@ -258,8 +303,14 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 		for _, c := range s.Report.Conflicts {
 			fmt.Fprintln(&b, "conflict:", c)
 		}
-		for _, i := range s.Report.Invalid {
-			fmt.Fprintln(&b, "invalid record:", i)
+		for _, r := range s.Report.Refused {
+			fmt.Fprintf(&b, "refused since %s: %s\n", r.Since.Local().Format(time.DateTime), r.Reason)
+		}
+		if total := refusedTotal(s.Report.RefusedTotal); total != "" {
+			fmt.Fprintf(&b, "refused since wgcnid's start: %s\n", total)
+		}
+		if s.Report.SecretsError != "" {
+			fmt.Fprintln(&b, "the secrets in use are not those of the file:", s.Report.SecretsError)
 		}
 		if s.Report.Rival {
 			fmt.Fprintf(&b, "conflict: another node publishes as %s: set \"nodeName\" so that each node has its own\n", s.Node)
@@ -273,10 +324,38 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 }
 
 func registryNote(s Status) string {
-	if s.Report == nil || s.Report.RegistryError == "" {
+	switch r := s.Report; {
+	case r == nil:
 		return ""
+	case r.RegistryError != "":
+		return fmt.Sprintf(", away since %s: %s", r.RegistrySince.Local().Format(time.DateTime), r.RegistryError)
+	case r.PublishError != "":
+		return fmt.Sprintf(", refuses this node's record since %s: %s", r.PublishSince.Local().Format(time.DateTime), r.PublishError)
 	}
-	return fmt.Sprintf(", away since %s: %s", s.Report.RegistrySince.Format(time.DateTime), s.Report.RegistryError)
+	return ""
+}
+
+func sealNote(s Status) string {
+	if s.Seal == nil {
+		return "none: whoever can write to the registry is trusted; see `wgcnid secret --help`"
+	}
+	note := "by secret " + string(s.Seal.SealedBy)
+	if others := s.Seal.Accepted[1:]; len(others) > 0 {
+		note += fmt.Sprintf("; accepted as well: %v", others)
+	}
+	if len(s.Seal.Unsealed) > 0 {
+		note += "; not sealed yet: " + names(s.Seal.Unsealed)
+	}
+	return note
+}
+
+// refusedTotal prints how many records were refused, by kind.
+func refusedTotal(total map[string]uint64) string {
+	var words []string
+	for _, kind := range slices.Sorted(maps.Keys(total)) {
+		words = append(words, fmt.Sprintf("%d %s", total[kind], kind))
+	}
+	return strings.Join(words, ", ")
 }
 
 func ago(now, then time.Time) string {

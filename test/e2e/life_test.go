@@ -17,6 +17,11 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
+// openRegistry opens the mesh's shared file, as somebody who trusts everybody.
+func openRegistry(m *mesh) *registry.Registry {
+	return registry.New(file.New(m.RegistryFile()), registry.Trust{})
+}
+
 // An emptied, truncated or deleted file removes no peer ("the API away
 // 60 s empties the mesh": kilo Node.Ready), and is filled again.
 func TestDamagedRegistryRemovesNoPeer(t *testing.T) {
@@ -41,7 +46,7 @@ func TestDamagedRegistryRemovesNoPeer(t *testing.T) {
 			t.Fatal(err)
 		}
 		err := cluster.Poll(t.Context(), "the registry to be whole again after it was "+name, func() error {
-			s, err := file.New(path).Snapshot(t.Context())
+			s, err := openRegistry(m).Snapshot(t.Context())
 			if err == nil && len(s.Nodes) != 3 {
 				err = fmt.Errorf("%d records", len(s.Nodes))
 			}
@@ -264,7 +269,7 @@ mkdir -p /run/wireguard`)
 // A record that claims what it may not is refused by every node alike, and shown.
 func TestConflictIsShown(t *testing.T) {
 	m := newMesh(t, 2, 0, cluster.NetworkOptions{})
-	snapshot, err := file.New(m.RegistryFile()).Snapshot(t.Context())
+	snapshot, err := openRegistry(m).Snapshot(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -275,7 +280,7 @@ func TestConflictIsShown(t *testing.T) {
 		thief.Prefixes[i].Since = time.Now()
 	}
 	thief.Revision = registry.NextRevision(0, time.Now())
-	if err := file.New(m.RegistryFile()).Publish(t.Context(), thief); err != nil {
+	if err := openRegistry(m).Publish(t.Context(), thief, 0); err != nil {
 		t.Fatal(err)
 	}
 	err = cluster.Poll(t.Context(), "the conflict to be shown", func() error {

@@ -193,6 +193,9 @@ func (k *Kernel) setPeer(o mesh.SetPeer) error {
 	}
 	p := k.peers[o.PublicKey]
 	p.PublicKey = o.PublicKey
+	if o.PresharedKey != nil {
+		p.PresharedKey = *o.PresharedKey
+	}
 	if o.Endpoint.IsValid() {
 		p.Endpoint = o.Endpoint
 	}

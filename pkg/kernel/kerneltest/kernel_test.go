@@ -113,6 +113,36 @@ func TestAllowedIPsHaveOneOwner(t *testing.T) {
 	}
 }
 
+// A preshared key stays until an op says otherwise, and is never printed.
+func TestPresharedKeys(t *testing.T) {
+	first, second, none := mesh.Fingerprint{1}, mesh.Fingerprint{2}, mesh.Fingerprint{}
+	k := kerneltest.Kernel{Name: name}
+	apply(t, &k, linkOps()...)
+	for _, tt := range []struct {
+		name      string
+		set       *mesh.Fingerprint
+		want      mesh.Fingerprint
+		wantPrint string
+	}{
+		{"none at first", nil, none, "a endpoint"},
+		{"set", &first, first, "a preshared key: (hidden) endpoint"},
+		{"left", nil, first, "a preshared key: (hidden) endpoint"},
+		{"changed", &second, second, "a preshared key: (hidden) endpoint"},
+		{"removed", &none, none, "a endpoint"},
+	} {
+		o := peer(keyA)
+		o.PresharedKey = tt.set
+		apply(t, &k, o)
+		s, err := k.Observe()
+		if err != nil || len(s.Peers) != 1 || s.Peers[0].PresharedKey != tt.want {
+			t.Errorf("%s: peers %v, error %v; want %s", tt.name, s.Peers, err, tt.want)
+		}
+		if want := "wg wg0 peer " + tt.wantPrint + " 192.0.2.1:51820\n"; !strings.Contains(k.String(), want) {
+			t.Errorf("%s: want %q in\n%s", tt.name, want, k.String())
+		}
+	}
+}
+
 func TestVerdictAndHooks(t *testing.T) {
 	src, dst := netip.MustParseAddr("10.244.9.5"), netip.MustParseAddr("10.244.1.7")
 	k := kerneltest.Kernel{Name: name}

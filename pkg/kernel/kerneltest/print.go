@@ -71,6 +71,9 @@ func set[T fmt.Stringer](line func(string, ...any), name string, elements []T) {
 
 func (k *Kernel) peer(p mesh.Peer) string {
 	s := k.name(p.PublicKey)
+	if p.PresharedKey != (mesh.Fingerprint{}) {
+		s += " preshared key: (hidden)" // as `wg show` has it
+	}
 	if p.Endpoint.IsValid() {
 		s += " endpoint " + p.Endpoint.String()
 	}

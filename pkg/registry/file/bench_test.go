@@ -10,9 +10,9 @@ import (
 )
 
 // benchMesh returns a registry of that many nodes.
-func benchMesh(b *testing.B, nodes int) *Registry {
+func benchMesh(b *testing.B, nodes int) handle {
 	b.Helper()
-	r := New(filepath.Join(b.TempDir(), "mesh.json"))
+	r := open(filepath.Join(b.TempDir(), "mesh.json"))
 	doc := document{nodes: map[string]json.RawMessage{}}
 	for i := range nodes {
 		name := fmt.Sprintf("node-%d", i)
@@ -26,7 +26,7 @@ func benchMesh(b *testing.B, nodes int) *Registry {
 	if err != nil {
 		b.Fatal(err)
 	}
-	if err := r.replace(data); err != nil {
+	if err := r.store.replace(data); err != nil {
 		b.Fatal(err)
 	}
 	return r
@@ -51,10 +51,10 @@ func BenchmarkAnnounce(b *testing.B) {
 	for _, nodes := range []int{10, 5000} {
 		b.Run(fmt.Sprint(nodes), func(b *testing.B) {
 			r := benchMesh(b, nodes)
-			updates := New(r.path).Watch(b.Context())
+			updates := open(r.store.path).Watch(b.Context())
 			<-updates
 			for rev := uint64(2); b.Loop(); rev++ {
-				if err := r.Publish(b.Context(), registrytest.Record("node-0", rev)); err != nil {
+				if err := r.Publish(b.Context(), registrytest.Record("node-0", rev), rev-1); err != nil {
 					b.Fatal(err)
 				}
 				for u := range updates {

@@ -46,69 +46,26 @@ func parse(data []byte) (document, error) {
 	return document{d.Nodes}, nil
 }
 
-// snapshot decodes every record; those that fail are listed as invalid.
-func (d document) snapshot() registry.Snapshot { return new(decoder).snapshot(d) }
-
-// decoder remembers the document before, so that of a mesh of thousands only the
-// records that changed are decoded.
-type decoder struct {
-	before map[string]decoded
-}
-
-type decoded struct {
-	raw    json.RawMessage
-	record registry.Record
-	err    error
-}
-
-func (d *decoder) snapshot(doc document) registry.Snapshot {
-	now := make(map[string]decoded, len(doc.nodes))
-	s := registry.Snapshot{Nodes: make(map[string]registry.Record, len(doc.nodes))}
-	for name, raw := range doc.nodes {
-		r, ok := d.before[name]
-		if !ok || !bytes.Equal(r.raw, raw) {
-			r.raw = raw
-			r.record, r.err = registry.Decode(name, raw)
-		}
-		now[name] = r
-		if r.err == nil {
-			s.Nodes[name] = r.record
-			continue
-		}
-		if s.Invalid == nil {
-			s.Invalid = map[string]error{}
-		}
-		s.Invalid[name] = r.err
+// entries are the records as the document holds them.
+func (d document) entries() registry.Entries {
+	entries := make(registry.Entries, len(d.nodes))
+	for name, raw := range d.nodes {
+		entries[name] = raw
 	}
-	d.before = now
-	return s
+	return entries
 }
 
-// accept is registry.Accept against the stored record. One that is invalid has
-// no revision to respect: no node acts on it.
-func (d document) accept(record registry.Record) (bool, error) {
-	raw, ok := d.nodes[record.Name]
-	if !ok {
-		return true, nil
-	}
-	known, err := registry.Decode(record.Name, raw)
-	if err != nil {
-		return true, nil
-	}
-	return registry.Accept(known, record)
-}
-
-// with returns the document with this record put in.
-func (d document) with(record registry.Record) ([]byte, error) {
-	raw, err := json.MarshalIndent(record, "    ", "  ")
-	if err != nil {
-		return nil, fmt.Errorf("encode record %s: %w", record.Name, err)
+// with returns the document with this record put in, indented as the rest.
+func (d document) with(name string, record []byte) ([]byte, error) {
+	var raw bytes.Buffer
+	if err := json.Indent(&raw, record, "    ", "  "); err != nil {
+		return nil, fmt.Errorf("record %s is not JSON: %w", name, err)
 	}
 	nodes := maps.Clone(d.nodes)
 	if nodes == nil {
 		nodes = map[string]json.RawMessage{}
 	}
-	nodes[record.Name] = raw
+	nodes[name] = raw.Bytes()
 	return document{nodes}.encode()
 }
 

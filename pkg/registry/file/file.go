@@ -30,7 +30,7 @@ import (
 	"github.com/wgcni/wgcni/pkg/registry"
 )
 
-var _ registry.Registry = (*Registry)(nil)
+var _ registry.Store = (*Store)(nil)
 
 // Errors of a document that cannot be read. The text around them names the file
 // and how to mend it.
@@ -49,8 +49,8 @@ var (
 // maxFileBytes bounds what is read into memory: 1,000 bytes for each of 67,000 nodes.
 const maxFileBytes = 64 << 20
 
-// Registry is a handle onto a shared file. It holds nothing open between calls.
-type Registry struct {
+// Store is a handle onto a shared file. It holds nothing open between calls.
+type Store struct {
 	path     string
 	poll     time.Duration
 	lockWait time.Duration
@@ -62,24 +62,24 @@ type Registry struct {
 	seen atomic.Bool
 }
 
-// Option changes how a Registry works.
-type Option func(*Registry)
+// Option changes how a Store works.
+type Option func(*Store)
 
 // WithPollInterval sets how often a Watch looks at the file by itself, 2 s by
 // default.
-func WithPollInterval(d time.Duration) Option { return func(r *Registry) { r.poll = d } }
+func WithPollInterval(d time.Duration) Option { return func(r *Store) { r.poll = d } }
 
-// WithLockWait sets how long a Publish waits for other writers at most, 30 s by
+// WithLockWait sets how long an Update waits for other writers at most, 30 s by
 // default.
-func WithLockWait(d time.Duration) Option { return func(r *Registry) { r.lockWait = d } }
+func WithLockWait(d time.Duration) Option { return func(r *Store) { r.lockWait = d } }
 
 // New returns the registry in the file at path, whose folder must exist by the
 // time it is used. It touches nothing yet.
-func New(path string, options ...Option) *Registry {
+func New(path string, options ...Option) *Store {
 	if abs, err := filepath.Abs(path); err == nil {
 		path = abs // as the folder's events name it
 	}
-	r := &Registry{
+	r := &Store{
 		path: path, poll: 2 * time.Second, lockWait: 30 * time.Second,
 		now: time.Now, inotify: fsnotify.NewWatcher,
 	}
@@ -90,42 +90,38 @@ func New(path string, options ...Option) *Registry {
 }
 
 // String returns "file:" and the path.
-func (r *Registry) String() string { return "file:" + r.path }
+func (r *Store) String() string { return "file:" + r.path }
 
-// Snapshot reads the document. Before anything was ever published it is empty.
-func (r *Registry) Snapshot(ctx context.Context) (registry.Snapshot, error) {
+// Entries reads the document. Before anything was ever stored it is empty.
+func (r *Store) Entries(ctx context.Context) (registry.Entries, error) {
 	if err := ctx.Err(); err != nil {
-		return registry.Snapshot{}, fmt.Errorf("read registry %s: %w", r.path, err)
+		return nil, fmt.Errorf("read registry %s: %w", r.path, err)
 	}
 	doc, _, err := r.load()
 	if err != nil {
-		return registry.Snapshot{}, err
+		return nil, err
 	}
-	return doc.snapshot(), nil
+	return doc.entries(), nil
 }
 
-// Publish puts the record into the document and leaves the other nodes' records
-// as they are, to the byte.
-func (r *Registry) Publish(ctx context.Context, record registry.Record) error {
-	if err := record.Validate(); err != nil {
-		return err
-	}
-	// Most publications repeat what is there. They shall not queue for the lock.
+// Update implements registry.Store. What is stored is the same JSON, indented.
+func (r *Store) Update(ctx context.Context, name string, change func([]byte) ([]byte, error)) error {
+	// Most changes turn out to be none. They shall not queue for the lock.
 	if doc, _, err := r.load(); err == nil && ctx.Err() == nil {
-		if later, err := doc.accept(record); err == nil && !later {
+		if record, err := change(doc.nodes[name]); err == nil && record == nil {
 			return nil
 		}
 	}
 	lock, err := r.lock(ctx)
 	if err != nil {
-		return fmt.Errorf("publish %s: %w", record.Name, err)
+		return fmt.Errorf("publish %s: %w", name, err)
 	}
 	defer lock.Close()
-	return r.put(ctx, lock, record)
+	return r.put(ctx, lock, name, change)
 }
 
-// put does the work of Publish while lock is held.
-func (r *Registry) put(ctx context.Context, lock *os.File, record registry.Record) error {
+// put does the work of Update while lock is held.
+func (r *Store) put(ctx context.Context, lock *os.File, name string, change func([]byte) ([]byte, error)) error {
 	r.removeLeftovers()
 	doc, _, err := r.load()
 	switch {
@@ -137,20 +133,20 @@ func (r *Registry) put(ctx context.Context, lock *os.File, record registry.Recor
 	case err != nil:
 		return err
 	}
-	later, err := doc.accept(record)
-	if err != nil || !later {
+	record, err := change(doc.nodes[name])
+	if err != nil || record == nil {
 		return err
 	}
-	data, err := doc.with(record)
+	data, err := doc.with(name, record)
 	if err != nil {
 		return err
 	}
 	if len(data) > maxFileBytes {
 		return fmt.Errorf("publish %s: registry file %s would grow to %d bytes, at most %d are read; forget old nodes or use etcd",
-			record.Name, r.path, len(data), maxFileBytes)
+			name, r.path, len(data), maxFileBytes)
 	}
 	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("publish %s: %w", record.Name, err)
+		return fmt.Errorf("publish %s: %w", name, err)
 	}
 	if err := r.replace(data); err != nil {
 		return err
@@ -160,7 +156,7 @@ func (r *Registry) put(ctx context.Context, lock *os.File, record registry.Recor
 }
 
 // load reads and parses the document, and returns the FileInfo that it had.
-func (r *Registry) load() (document, fs.FileInfo, error) {
+func (r *Store) load() (document, fs.FileInfo, error) {
 	// The mark comes after the first document. So whoever sees the mark first and
 	// then no document knows that it was taken away.
 	begun := r.seen.Load() || r.marked()
@@ -182,13 +178,13 @@ func (r *Registry) load() (document, fs.FileInfo, error) {
 	return doc, info, nil
 }
 
-func (r *Registry) damaged(what string) error {
+func (r *Store) damaged(what string) error {
 	return fmt.Errorf("registry file %s is %w: %s; restore it, or let any node publish: that moves it aside and begins a new one",
 		r.path, ErrDamaged, what)
 }
 
 // absent explains why there is no file, or returns nil if there never was one.
-func (r *Registry) absent(begun bool) error {
+func (r *Store) absent(begun bool) error {
 	folder := filepath.Dir(r.path)
 	if _, err := os.Stat(folder); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -206,7 +202,7 @@ func (r *Registry) absent(begun bool) error {
 // open opens the file whatever it is; without O_NONBLOCK a FIFO would block.
 // The poll uses it too: open makes an NFS client ask the server, where stat may
 // answer from a cache for up to a minute (nfs(5), close-to-open consistency).
-func (r *Registry) open() (*os.File, fs.FileInfo, error) {
+func (r *Store) open() (*os.File, fs.FileInfo, error) {
 	f, err := os.OpenFile(r.path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("registry file: %w", err)
@@ -219,7 +215,7 @@ func (r *Registry) open() (*os.File, fs.FileInfo, error) {
 	return f, info, nil
 }
 
-func (r *Registry) read() ([]byte, fs.FileInfo, error) {
+func (r *Store) read() ([]byte, fs.FileInfo, error) {
 	f, info, err := r.open()
 	if err != nil {
 		return nil, nil, err
@@ -240,7 +236,7 @@ func (r *Registry) read() ([]byte, fs.FileInfo, error) {
 }
 
 // replace makes data the document, durably.
-func (r *Registry) replace(data []byte) error {
+func (r *Store) replace(data []byte) error {
 	folder := filepath.Dir(r.path)
 	f, err := renameio.NewPendingFile(r.path, renameio.WithTempDir(folder), renameio.WithStaticPermissions(0o644))
 	if err != nil {
@@ -277,7 +273,7 @@ func syncFolder(folder string) error {
 // moveAside keeps a damaged file as path.damaged-<milliseconds since 1970>. A
 // second hard link leaves no moment without a file; a directory, or a file
 // system without hard links, needs the rename.
-func (r *Registry) moveAside() error {
+func (r *Store) moveAside() error {
 	for ms := r.now().UnixMilli(); ; ms++ {
 		aside := fmt.Sprintf("%s.damaged-%d", r.path, ms)
 		if _, err := os.Lstat(aside); err == nil {
@@ -296,7 +292,7 @@ func (r *Registry) moveAside() error {
 // removeLeftovers deletes what writers that were killed left behind. Under the
 // lock there is no other writer, so every such file is a dead one's. Failing to
 // delete it is no reason not to publish.
-func (r *Registry) removeLeftovers() {
+func (r *Store) removeLeftovers() {
 	folder, base := filepath.Dir(r.path), filepath.Base(r.path)
 	entries, _ := os.ReadDir(folder)
 	for _, e := range entries {

@@ -18,15 +18,26 @@ import (
 )
 
 func TestConformance(t *testing.T) {
-	registrytest.Run(t, func(t *testing.T) func() registry.Registry {
+	registrytest.Run(t, func(t *testing.T) func() registry.Store {
 		path := filepath.Join(t.TempDir(), "mesh.json")
-		return func() registry.Registry { return New(path) }
+		return func() registry.Store { return New(path) }
 	})
 }
 
-func newTest(t *testing.T) *Registry {
+// handle is a store with the registry in it, which trusts everybody.
+type handle struct {
+	*registry.Registry
+	store *Store
+}
+
+func open(path string, options ...Option) handle {
+	s := New(path, options...)
+	return handle{registry.New(s, registry.Trust{}), s}
+}
+
+func newTest(t *testing.T) handle {
 	t.Helper()
-	return New(filepath.Join(t.TempDir(), "mesh.json"), WithPollInterval(20*time.Millisecond))
+	return open(filepath.Join(t.TempDir(), "mesh.json"), WithPollInterval(20*time.Millisecond))
 }
 
 func write(t *testing.T, path, text string) {
@@ -76,10 +87,10 @@ func TestDocumentForPeople(t *testing.T) {
   }
 }
 `
-	if diff := cmp.Diff(want, readFile(t, r.path)); diff != "" {
+	if diff := cmp.Diff(want, readFile(t, r.store.path)); diff != "" {
 		t.Error(diff)
 	}
-	info, err := os.Stat(r.path)
+	info, err := os.Stat(r.store.path)
 	if err != nil || info.Mode().Perm() != 0o644 {
 		t.Errorf("mode %v, error %v; want 0644", info.Mode(), err)
 	}
@@ -90,13 +101,13 @@ func TestDocumentForPeople(t *testing.T) {
 func TestForeignContentIsKept(t *testing.T) {
 	r := newTest(t)
 	newer := `{"name": "newer", "publicKey": "bm9kZS1iAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAE=",
-		"since": "2026-03-01T12:00:00Z", "revision": 9, "seal": {"big": 12345678901234567890, "html": "<&>"}}`
+		"since": "2026-03-01T12:00:00Z", "revision": 9, "labels": {"big": 12345678901234567890, "html": "<&>"}}`
 	broken := `{"name": "Broken!", "revision": "three"}`
-	write(t, r.path, `{"version": 1, "nodes": {"newer": `+newer+`, "broken": `+broken+`, "odd": [[1]]}}`)
+	write(t, r.store.path, `{"version": 1, "nodes": {"newer": `+newer+`, "broken": `+broken+`, "odd": [[1]]}}`)
 
 	registrytest.Publish(t, r, registrytest.Record("node-a", 1))
 
-	text := readFile(t, r.path)
+	text := readFile(t, r.store.path)
 	for _, want := range []string{newer, broken, "[[1]]"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("lost %s in\n%s", want, text)
@@ -119,14 +130,14 @@ func TestForeignContentIsKept(t *testing.T) {
 func TestSameAgainDoesNotWrite(t *testing.T) {
 	r := newTest(t)
 	registrytest.Publish(t, r, registrytest.Record("node-a", 1))
-	before, _ := os.Stat(r.path)
-	lock, err := r.lock(t.Context()) // nor wait for other writers
+	before, _ := os.Stat(r.store.path)
+	lock, err := r.store.lock(t.Context()) // nor wait for other writers
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer lock.Close()
 	registrytest.Publish(t, r, registrytest.Record("node-a", 1))
-	if after, _ := os.Stat(r.path); !os.SameFile(before, after) {
+	if after, _ := os.Stat(r.store.path); !os.SameFile(before, after) {
 		t.Error("the file was written again")
 	}
 }
@@ -134,7 +145,7 @@ func TestSameAgainDoesNotWrite(t *testing.T) {
 func TestDamagedIsMovedAside(t *testing.T) {
 	good := newTest(t)
 	registrytest.Publish(t, good, registrytest.Record("node-b", 4))
-	document := readFile(t, good.path)
+	document := readFile(t, good.store.path)
 	for name, text := range map[string]string{
 		"empty":      "",
 		"zeroes":     strings.Repeat("\x00", 4096), // what a crash can leave of an unsynced file
@@ -145,25 +156,25 @@ func TestDamagedIsMovedAside(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newTest(t)
-			r.now = func() time.Time { return time.UnixMilli(1000) }
-			write(t, r.path+".damaged-1000", "an earlier one")
-			write(t, r.path, text)
-			if _, err := r.Snapshot(t.Context()); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), r.path) {
+			r.store.now = func() time.Time { return time.UnixMilli(1000) }
+			write(t, r.store.path+".damaged-1000", "an earlier one")
+			write(t, r.store.path, text)
+			if _, err := r.Snapshot(t.Context()); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), r.store.path) {
 				t.Errorf("Snapshot: error %v, want ErrDamaged that names the file", err)
 			}
-			if err := r.moveAside(); err != nil {
+			if err := r.store.moveAside(); err != nil {
 				t.Fatal(err)
 			}
-			if got := readFile(t, r.path); got != text {
+			if got := readFile(t, r.store.path); got != text {
 				t.Errorf("between two writes the file is %q", got)
 			}
-			os.Remove(r.path + ".damaged-1001")
+			os.Remove(r.store.path + ".damaged-1001")
 			registrytest.Publish(t, r, registrytest.Record("node-a", 1))
 			registrytest.Expect(t, r, registrytest.Record("node-a", 1))
-			if diff := cmp.Diff(text, readFile(t, r.path+".damaged-1001")); diff != "" {
+			if diff := cmp.Diff(text, readFile(t, r.store.path+".damaged-1001")); diff != "" {
 				t.Error(diff)
 			}
-			if diff := cmp.Diff("an earlier one", readFile(t, r.path+".damaged-1000")); diff != "" {
+			if diff := cmp.Diff("an earlier one", readFile(t, r.store.path+".damaged-1000")); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -172,8 +183,8 @@ func TestDamagedIsMovedAside(t *testing.T) {
 
 func TestTooLarge(t *testing.T) {
 	r := newTest(t)
-	write(t, r.path, "")
-	if err := os.Truncate(r.path, maxFileBytes+1); err != nil { // sparse
+	write(t, r.store.path, "")
+	if err := os.Truncate(r.store.path, maxFileBytes+1); err != nil { // sparse
 		t.Fatal(err)
 	}
 	if _, err := r.Snapshot(t.Context()); !errors.Is(err, ErrDamaged) {
@@ -184,14 +195,14 @@ func TestTooLarge(t *testing.T) {
 func TestFutureVersionIsLeftAlone(t *testing.T) {
 	for _, text := range []string{`{"version": 2, "nodes": {}}`, `{"nodes": ["other", "form"], "version": 3}`} {
 		r := newTest(t)
-		write(t, r.path, text)
+		write(t, r.store.path, text)
 		_, err := r.Snapshot(t.Context())
-		for _, err := range []error{err, r.Publish(t.Context(), registrytest.Record("node-a", 1))} {
+		for _, err := range []error{err, r.Publish(t.Context(), registrytest.Record("node-a", 1), 0)} {
 			if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "upgrade") {
 				t.Errorf("error %v, want ErrVersion and how to mend it", err)
 			}
 		}
-		if got := readFile(t, r.path); got != text {
+		if got := readFile(t, r.store.path); got != text {
 			t.Errorf("the file was changed to %s", got)
 		}
 	}
@@ -199,17 +210,17 @@ func TestFutureVersionIsLeftAlone(t *testing.T) {
 
 func TestAbsence(t *testing.T) {
 	r := newTest(t)
-	gone := New(filepath.Join(filepath.Dir(r.path), "share", "mesh.json"))
+	gone := open(filepath.Join(filepath.Dir(r.store.path), "share", "mesh.json"))
 	_, err := gone.Snapshot(t.Context())
-	for _, err := range []error{err, gone.Publish(t.Context(), registrytest.Record("node-a", 1))} {
-		if !errors.Is(err, ErrMissing) || !strings.Contains(err.Error(), filepath.Dir(gone.path)+" is missing: create it or mount it") {
+	for _, err := range []error{err, gone.Publish(t.Context(), registrytest.Record("node-a", 1), 0)} {
+		if !errors.Is(err, ErrMissing) || !strings.Contains(err.Error(), filepath.Dir(gone.store.path)+" is missing: create it or mount it") {
 			t.Errorf("folder missing: error %v", err)
 		}
 	}
 	registrytest.Expect(t, r) // never written: that is how a mesh begins
 	registrytest.Publish(t, r, registrytest.Record("node-a", 1))
-	os.Remove(r.path)
-	for _, r := range []*Registry{r, New(r.path)} { // also a process that has not seen it
+	os.Remove(r.store.path)
+	for _, r := range []handle{r, open(r.store.path)} { // also a process that has not seen it
 		if _, err := r.Snapshot(t.Context()); !errors.Is(err, ErrMissing) {
 			t.Errorf("deleted: error %v, want ErrMissing", err)
 		}
@@ -227,7 +238,7 @@ func TestReplacedByOtherThings(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newTest(t)
-			if err := replace(r.path); err != nil {
+			if err := replace(r.store.path); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := r.Snapshot(t.Context()); !errors.Is(err, ErrDamaged) {
@@ -240,18 +251,18 @@ func TestReplacedByOtherThings(t *testing.T) {
 }
 
 func TestLockWait(t *testing.T) {
-	r := New(filepath.Join(t.TempDir(), "mesh.json"), WithLockWait(20*time.Millisecond))
-	lock, err := r.lock(t.Context())
+	r := open(filepath.Join(t.TempDir(), "mesh.json"), WithLockWait(20*time.Millisecond))
+	lock, err := r.store.lock(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = r.Publish(t.Context(), registrytest.Record("node-a", 1))
-	if err == nil || !strings.Contains(err.Error(), r.path+".lock: another writer has held it for 20ms") {
+	err = r.Publish(t.Context(), registrytest.Record("node-a", 1), 0)
+	if err == nil || !strings.Contains(err.Error(), r.store.path+".lock: another writer has held it for 20ms") {
 		t.Errorf("error %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	if err := New(r.path).Publish(ctx, registrytest.Record("node-a", 1)); !errors.Is(err, context.DeadlineExceeded) {
+	if err := open(r.store.path).Publish(ctx, registrytest.Record("node-a", 1), 0); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("error %v, want the ctx's", err)
 	}
 	lock.Close()
@@ -261,18 +272,18 @@ func TestLockWait(t *testing.T) {
 // A lock on a lock file that was deleted keeps nobody out: the next one counts.
 func TestLockFileDeleted(t *testing.T) {
 	r := newTest(t)
-	old, err := os.Create(r.lockPath())
+	old, err := os.Create(r.store.lockPath())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer old.Close()
-	os.Remove(r.lockPath())
-	lock, err := r.lock(t.Context())
+	os.Remove(r.store.lockPath())
+	lock, err := r.store.lock(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer lock.Close()
-	if current(old, r.lockPath()) || !current(lock, r.lockPath()) {
+	if current(old, r.store.lockPath()) || !current(lock, r.store.lockPath()) {
 		t.Error("the deleted lock file counts as the present one")
 	}
 }

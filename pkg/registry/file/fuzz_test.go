@@ -6,15 +6,21 @@ import (
 	"errors"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-
+	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/registry/registrytest"
 )
 
 // FuzzDocument: whatever is in the file, parsing does not panic, and a writer
 // that adds its record loses none of the others, not even what it cannot read.
 func FuzzDocument(f *testing.F) {
-	good, err := document{}.with(registrytest.Record("node-b", 7))
+	encode := func(r registry.Record) []byte {
+		text, err := json.Marshal(r)
+		if err != nil {
+			f.Fatal(err)
+		}
+		return text
+	}
+	good, err := document{}.with("node-b", encode(registrytest.Record("node-b", 7)))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -26,14 +32,13 @@ func FuzzDocument(f *testing.F) {
 	} {
 		f.Add([]byte(s))
 	}
-	record := registrytest.Record("node-a", 1)
+	record := encode(registrytest.Record("node-a", 1))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		doc, err := parse(data)
 		if err != nil {
 			return
 		}
-		before := doc.snapshot()
-		next, err := doc.with(record)
+		next, err := doc.with("node-a", record)
 		if err != nil {
 			t.Fatalf("with: %v", err)
 		}
@@ -41,16 +46,11 @@ func FuzzDocument(f *testing.F) {
 		if err != nil {
 			t.Fatalf("parse what was written: %v\n%s", err, next)
 		}
-		after := again.snapshot()
-		if !after.Nodes["node-a"].Equal(record) {
-			t.Errorf("its own record: %+v", after.Nodes["node-a"])
+		if !bytes.Equal(compact(t, again.nodes["node-a"]), record) {
+			t.Errorf("its own record: %s", again.nodes["node-a"])
 		}
-		delete(before.Nodes, "node-a")
-		delete(before.Invalid, "node-a")
-		delete(after.Nodes, "node-a")
-		delete(after.Invalid, "node-a")
-		if !before.Equal(after) {
-			t.Errorf("snapshots (-before +after):\n%s", cmp.Diff(before.Nodes, after.Nodes))
+		if add := 1 - min(len(doc.nodes["node-a"]), 1); len(again.nodes) != len(doc.nodes)+add {
+			t.Errorf("%d records became %d", len(doc.nodes), len(again.nodes))
 		}
 		for name, raw := range doc.nodes {
 			if name != "node-a" && !bytes.Equal(compact(t, raw), compact(t, again.nodes[name])) {

@@ -14,13 +14,13 @@ import (
 // lockText marks a lock file whose registry has been written at least once.
 const lockText = "wgcni: writers of the registry beside this file lock it (flock). Leave it here.\n"
 
-func (r *Registry) lockPath() string { return r.path + ".lock" }
+func (r *Store) lockPath() string { return r.path + ".lock" }
 
 // lock takes the writers' lock, which closing the file, or dying, gives back.
 //
 // flock(2) has no timeout, and a blocked call can't be called back from another
 // goroutine. So it is tried again and again, at most 25 ms apart.
-func (r *Registry) lock(ctx context.Context) (*os.File, error) {
+func (r *Store) lock(ctx context.Context) (*os.File, error) {
 	bounded, cancel := context.WithTimeoutCause(ctx, r.lockWait,
 		fmt.Errorf("another writer has held it for %v; see who does with `fuser -v %s`", r.lockWait, r.lockPath()))
 	defer cancel()
@@ -49,7 +49,7 @@ func (r *Registry) lock(ctx context.Context) (*os.File, error) {
 
 // tryLock opens the lock file anew each time, for it may have been deleted, and
 // a lock on a deleted file keeps nobody out.
-func (r *Registry) tryLock() (*os.File, error) {
+func (r *Store) tryLock() (*os.File, error) {
 	f, err := os.OpenFile(r.lockPath(), os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return nil, err
@@ -78,13 +78,13 @@ func current(f *os.File, path string) bool {
 // mark notes in the lock file that the registry has begun. Without it, a
 // document that was deleted would look like one that was never written. A mark
 // that fails costs no more than that.
-func (r *Registry) mark(lock *os.File) {
+func (r *Store) mark(lock *os.File) {
 	if info, err := lock.Stat(); err == nil && info.Size() == 0 {
 		_, _ = lock.WriteString(lockText)
 	}
 }
 
-func (r *Registry) marked() bool {
+func (r *Store) marked() bool {
 	info, err := os.Stat(r.lockPath())
 	return err == nil && info.Size() > 0
 }

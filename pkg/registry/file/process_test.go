@@ -41,9 +41,9 @@ func writer(path, name, first, last string) error {
 	if err != nil {
 		return err
 	}
-	r := New(path)
+	r := open(path)
 	for rev := from; rev <= to; rev++ {
-		if err := r.Publish(context.Background(), registrytest.Record(name, rev)); err != nil {
+		if err := r.Publish(context.Background(), registrytest.Record(name, rev), rev-1); err != nil {
 			return err
 		}
 		fmt.Println(rev)
@@ -68,7 +68,7 @@ func TestFiftyProcesses(t *testing.T) {
 	for i := range writers {
 		name := fmt.Sprintf("node-%02d", i)
 		want = append(want, registrytest.Record(name, revisions))
-		cmd, _ := writerCommand(t, r.path, name, 1, revisions)
+		cmd, _ := writerCommand(t, r.store.path, name, 1, revisions)
 		wg.Go(func() {
 			if err := cmd.Run(); err != nil {
 				t.Errorf("writer %s: %v", name, err)
@@ -92,7 +92,7 @@ func TestKilledWriters(t *testing.T) {
 	var known uint64
 	midway := 0
 	for range 25 {
-		cmd, out := writerCommand(t, r.path, "victim", known+1, known+1_000_000)
+		cmd, out := writerCommand(t, r.store.path, "victim", known+1, known+1_000_000)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -128,15 +128,15 @@ func TestKilledWriters(t *testing.T) {
 		}
 	}
 	t.Logf("%d of the kills left a file behind", midway)
-	write(t, filepath.Join(filepath.Dir(r.path), ".mesh.json123"), "left behind")
-	write(t, filepath.Join(filepath.Dir(r.path), ".mesh.json.swp"), "an editor's")
+	write(t, filepath.Join(filepath.Dir(r.store.path), ".mesh.json123"), "left behind")
+	write(t, filepath.Join(filepath.Dir(r.store.path), ".mesh.json.swp"), "an editor's")
 	registrytest.Publish(t, r, registrytest.Record("node-a", 2))
 	if left := leftovers(t, r); len(left) != 1 || left[0] != ".mesh.json.swp" {
 		t.Errorf("left over: %v; want the editor's file and nothing else", left)
 	}
 }
 
-func awaitRevision(t *testing.T, r *Registry, revision uint64) {
+func awaitRevision(t *testing.T, r handle, revision uint64) {
 	t.Helper()
 	for deadline := time.Now().Add(registrytest.Deadline); ; time.Sleep(time.Millisecond) {
 		s, err := r.Snapshot(t.Context())
@@ -152,9 +152,9 @@ func awaitRevision(t *testing.T, r *Registry, revision uint64) {
 	}
 }
 
-func leftovers(t *testing.T, r *Registry) []string {
+func leftovers(t *testing.T, r handle) []string {
 	t.Helper()
-	entries, err := os.ReadDir(filepath.Dir(r.path))
+	entries, err := os.ReadDir(filepath.Dir(r.store.path))
 	if err != nil {
 		t.Fatal(err)
 	}

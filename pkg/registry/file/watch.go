@@ -1,8 +1,10 @@
 package file
 
 import (
+	"bytes"
 	"context"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,10 +15,10 @@ import (
 	"github.com/wgcni/wgcni/pkg/registry"
 )
 
-// Watch implements registry.Registry. A change on this machine is seen as it
+// Watch implements registry.Store. A change on this machine is seen as it
 // happens; one on another machine, or in a folder that was away, by the poll.
-func (r *Registry) Watch(ctx context.Context) <-chan registry.Update {
-	out := make(chan registry.Update)
+func (r *Store) Watch(ctx context.Context) <-chan registry.Change {
+	out := make(chan registry.Change)
 	w := &watch{r: r, folder: filepath.Dir(r.path)}
 	go func() {
 		defer close(out)
@@ -28,21 +30,20 @@ func (r *Registry) Watch(ctx context.Context) <-chan registry.Update {
 
 // watch is one running Watch.
 type watch struct {
-	r      *Registry
+	r      *Store
 	folder string
 
 	notify  *fsnotify.Watcher // nil without inotify: then only the poll sees changes
 	watched fs.FileInfo       // the folder that notify watches, of several that may be mounted there
 
-	decoder   decoder
-	present   registry.Update
-	delivered *registry.Update
+	present   registry.Change
+	delivered *registry.Change
 
 	info    fs.FileInfo // the file when it was last read; nil if there was none
 	settled bool        // see poll
 }
 
-func (w *watch) run(ctx context.Context, out chan<- registry.Update) {
+func (w *watch) run(ctx context.Context, out chan<- registry.Change) {
 	ticker := time.NewTicker(w.r.poll)
 	defer ticker.Stop()
 	w.watchFolder() // before reading, so that no change falls between
@@ -78,11 +79,11 @@ func (w *watch) run(ctx context.Context, out chan<- registry.Update) {
 }
 
 // same reports whether a reader who has a needs no b.
-func same(a, b registry.Update) bool {
+func same(a, b registry.Change) bool {
 	if a.Err != nil || b.Err != nil {
 		return a.Err != nil && b.Err != nil && a.Err.Error() == b.Err.Error()
 	}
-	return a.Snapshot.Equal(b.Snapshot)
+	return maps.EqualFunc(a.Entries, b.Entries, bytes.Equal)
 }
 
 func (w *watch) close() {
@@ -141,9 +142,9 @@ func (w *watch) poll() {
 func (w *watch) read() {
 	doc, info, err := w.r.load()
 	w.info, w.settled = info, false
-	w.present = registry.Update{Err: err}
+	w.present = registry.Change{Err: err}
 	if err == nil {
-		w.present.Snapshot = w.decoder.snapshot(doc)
+		w.present.Entries = doc.entries()
 	}
 }
 

@@ -50,14 +50,14 @@ func TestNothingRemovesAPeer(t *testing.T) {
 			if err := os.Mkdir(folder, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			r := New(filepath.Join(folder, "mesh.json"), WithPollInterval(20*time.Millisecond))
+			r := open(filepath.Join(folder, "mesh.json"), WithPollInterval(20*time.Millisecond))
 			a, b := registrytest.Record("node-a", 1), registrytest.Record("node-b", 1)
 			registrytest.Publish(t, r, a, b)
 			ctx, cancel := context.WithCancel(t.Context())
 			updates := r.Watch(ctx)
 			cached := registrytest.Await(t, updates, "both nodes", registrytest.Has(b)).Snapshot
 
-			if err := c.harm(r.path); err != nil {
+			if err := c.harm(r.store.path); err != nil {
 				t.Fatal(err)
 			}
 			// A rewrite in place may be seen half done, as another error.
@@ -67,7 +67,7 @@ func TestNothingRemovesAPeer(t *testing.T) {
 			}
 
 			if c.mend != nil {
-				if err := c.mend(r.path); err != nil {
+				if err := c.mend(r.store.path); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -93,20 +93,20 @@ func TestWatchFollowsTheFolder(t *testing.T) {
 	if err := os.Mkdir(folder, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	r := New(filepath.Join(folder, "mesh.json"))
-	w := &watch{r: r, folder: folder}
+	r := open(filepath.Join(folder, "mesh.json"))
+	w := &watch{r: r.store, folder: folder}
 	defer w.close()
 	w.watchFolder()
 	if err := errors.Join(os.Rename(folder, folder+".away"), os.Mkdir(folder, 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	w.poll()
-	write(t, r.path, "")
+	write(t, r.store.path, "")
 	timeout := time.After(registrytest.Deadline)
 	for {
 		select {
 		case event := <-w.notify.Events:
-			if event.Name == r.path {
+			if event.Name == r.store.path {
 				return
 			}
 		case <-timeout:
@@ -119,11 +119,11 @@ func TestWatchFollowsTheFolder(t *testing.T) {
 func TestWatchSaysErrorsOnce(t *testing.T) {
 	r := newTest(t)
 	registrytest.Publish(t, r, registrytest.Record("node-a", 1))
-	w := &watch{r: r, folder: filepath.Dir(r.path)}
+	w := &watch{r: r.store, folder: filepath.Dir(r.store.path)}
 	w.read()
 	defer w.close()
 	healthy := w.present
-	os.Remove(r.path)
+	os.Remove(r.store.path)
 	for range 3 {
 		w.poll()
 		if w.present.Err == nil || same(healthy, w.present) {
@@ -144,20 +144,20 @@ func TestWatchSeesRenames(t *testing.T) {
 	other := newTest(t)
 	registrytest.Publish(t, other, registrytest.Record("node-a", 1))
 	folder := t.TempDir()
-	r := New(filepath.Join(folder, "mesh.json"), WithPollInterval(time.Hour))
+	r := open(filepath.Join(folder, "mesh.json"), WithPollInterval(time.Hour))
 	ctx, cancel := context.WithCancel(t.Context())
 	updates := r.Watch(ctx)
 	registrytest.Await(t, updates, "the empty registry", func(u registry.Update) bool { return u.Err == nil })
 
-	document := readFile(t, other.path)
+	document := readFile(t, other.store.path)
 	write(t, filepath.Join(folder, "copy"), document)
-	if err := os.Rename(filepath.Join(folder, "copy"), r.path); err != nil {
+	if err := os.Rename(filepath.Join(folder, "copy"), r.store.path); err != nil {
 		t.Fatal(err)
 	}
 	registrytest.Await(t, updates, "the renamed file", registrytest.Has(registrytest.Record("node-a", 1)))
-	os.Remove(r.path)
+	os.Remove(r.store.path)
 	registrytest.Await(t, updates, "the deletion", func(u registry.Update) bool { return errors.Is(u.Err, ErrMissing) })
-	write(t, r.path, document)
+	write(t, r.store.path, document)
 	registrytest.Await(t, updates, "the new file", registrytest.Has(registrytest.Record("node-a", 1)))
 	cancel()
 	for range updates {
@@ -180,8 +180,8 @@ func TestWatchWithoutInotify(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newTest(t)
-			writer := New(r.path)
-			r.inotify = inotify
+			writer := open(r.store.path)
+			r.store.inotify = inotify
 			updates := r.Watch(t.Context())
 			for rev := uint64(1); rev < 5; rev++ {
 				registrytest.Publish(t, writer, registrytest.Record("node-a", rev))
@@ -196,24 +196,25 @@ func TestWatchWithoutInotify(t *testing.T) {
 func TestPollIsNotDeceived(t *testing.T) {
 	r := newTest(t)
 	registrytest.Publish(t, r, registrytest.Record("node-a", 1))
-	first := readFile(t, r.path)
+	first := readFile(t, r.store.path)
 	registrytest.Publish(t, r, registrytest.Record("node-a", 2))
-	changed := readFile(t, r.path)
-	write(t, r.path, first)
-	w := &watch{r: r, folder: filepath.Dir(r.path)}
+	changed := readFile(t, r.store.path)
+	write(t, r.store.path, first)
+	w := &watch{r: r.store, folder: filepath.Dir(r.store.path)}
 	defer w.close()
 	w.read()
 	looks := w.info
-	write(t, r.path, changed)
-	if err := os.Chtimes(r.path, time.Time{}, looks.ModTime()); err != nil {
+	write(t, r.store.path, changed)
+	if err := os.Chtimes(r.store.path, time.Time{}, looks.ModTime()); err != nil {
 		t.Fatal(err)
 	}
-	if _, now, err := r.load(); err != nil || !sameFile(looks, now) {
+	if _, now, err := r.store.load(); err != nil || !sameFile(looks, now) {
 		t.Fatalf("the test itself: the file looks different, error %v", err)
 	}
 	w.poll()
-	if !registrytest.Has(registrytest.Record("node-a", 2))(w.present) {
-		t.Errorf("after a poll: %+v", w.present)
+	record, err := registry.Decode("node-a", w.present.Entries["node-a"])
+	if err != nil || record.Revision != 2 {
+		t.Errorf("after a poll: %+v, error %v", record, err)
 	}
 	w.poll()
 	if !w.settled {
