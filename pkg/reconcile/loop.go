@@ -34,7 +34,7 @@ const (
 	passGap = 10 * time.Millisecond
 	// retryAfter is when a pass that failed is tried again.
 	retryAfter = time.Second
-	// storeTimeout bounds the wait for the store of this boot.
+	// storeTimeout bounds the wait for a store that another process holds.
 	storeTimeout = 5 * time.Second
 )
 
@@ -197,9 +197,9 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 	if l.config, err = l.Load(); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	opening, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	known, damaged, err := store.LoadKnown(ctx, l.config.StateDir)
+	known, damaged, err := store.LoadKnown(opening, l.config.StateDir)
 	if err != nil {
 		return err
 	}
@@ -323,8 +323,6 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, l.known.Self, now)
 	l.known.MTU = FindMTU(l.underlay, l.known.Self, l.known.Records)
 
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
-	defer cancel()
 	l.adoptIfNew(ctx)
 	o, err := Pass{
 		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Pairs: l.pairs, Observed: l.observed,
@@ -397,6 +395,8 @@ func (l *Loop) save(ctx context.Context) {
 	if l.known.Equal(l.saved) {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
 	if err := store.SaveKnown(ctx, l.config.StateDir, l.saved, l.known); err != nil {
 		l.Log.Error("cannot save what is known of the mesh; after a reboot this node would need the registry", "error", err)
 		return

@@ -114,12 +114,8 @@ func (p Pass) Compare(ctx context.Context) (o Outcome, err error) {
 	} else if o.Observed, err = p.Kernel.Observe(); err != nil {
 		return o, err
 	}
-	st, err := store.OpenAttachments(ctx, p.Config.RunDir)
-	if err != nil {
-		return o, err
-	}
-	err = p.plan(&o, st)
-	return o, errors.Join(err, st.Close())
+	err = withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error { return p.plan(&o, st) })
+	return o, err
 }
 
 // plan reads the pods and plans with them. While the store may lack some, the
@@ -167,23 +163,20 @@ func (p Pass) Run(ctx context.Context) (Outcome, error) {
 }
 
 // applyLocal looks at the store once more, now under its lock, and applies the local part.
-func (p Pass) applyLocal(ctx context.Context, o *Outcome) (err error) {
-	st, err := store.OpenAttachments(ctx, p.Config.RunDir)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, st.Close()) }()
-	pods, err := st.All()
-	if err != nil {
-		return err
-	}
-	if !slices.Equal(store.Addresses(pods), store.Addresses(o.Pods)) {
-		if err := p.plan(o, st); err != nil {
+func (p Pass) applyLocal(ctx context.Context, o *Outcome) error {
+	return withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error {
+		pods, err := st.All()
+		if err != nil {
 			return err
 		}
-	}
-	local, _ := split(o.Ops)
-	return p.Kernel.Apply(local)
+		if !slices.Equal(store.Addresses(pods), store.Addresses(o.Pods)) {
+			if err := p.plan(o, st); err != nil {
+				return err
+			}
+		}
+		local, _ := split(o.Ops)
+		return p.Kernel.Apply(local)
+	})
 }
 
 // split is mesh.Split, but where single pods are given up their range goes with
@@ -211,19 +204,17 @@ func split(ops []mesh.Op) (local, others []mesh.Op) {
 
 // recordApplied lets the plugin's verbs take the short way from now on.
 func (p Pass) recordApplied(ctx context.Context) error {
-	st, err := store.OpenAttachments(ctx, p.Config.RunDir)
-	if err != nil {
-		return err
-	}
 	now := store.Applied{Settings: Digest(p.Config.Settings), MTU: p.MTU(), At: p.Context.Now}
 	for _, c := range p.Known.Self.Prefixes {
 		now.Prefixes = append(now.Prefixes, c.Prefix)
 	}
-	was, ok, err := st.Applied()
-	if same := ok && was.Settings == now.Settings && was.MTU == now.MTU && slices.Equal(was.Prefixes, now.Prefixes); err == nil && !same {
-		err = st.SetApplied(now)
-	}
-	return errors.Join(err, st.Close())
+	return withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error {
+		was, ok, err := st.Applied()
+		if same := ok && was.Settings == now.Settings && was.MTU == now.MTU && slices.Equal(was.Prefixes, now.Prefixes); err != nil || same {
+			return err
+		}
+		return st.SetApplied(now)
+	})
 }
 
 // MTU of the interface and of the pods' links, in bytes: as configured, else as found.
