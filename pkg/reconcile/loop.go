@@ -258,6 +258,9 @@ func (l *Loop) lookBelow() bool {
 		l.Log.Warn("cannot read the underlay", "error", err)
 		return false
 	}
+	if u.MTU == 0 && l.underlay.MTU != 0 {
+		return false // a default route that is gone for a moment moves no node
+	}
 	changed := fmt.Sprint(u) != fmt.Sprint(l.underlay)
 	l.underlay = u
 	return changed

@@ -294,3 +294,19 @@ func TestLoopReports(t *testing.T) {
 		t.Errorf("report (-want +got):\n%s", diff)
 	}
 }
+
+// A default route that flaps changes nothing: nobody loses this node's endpoint.
+func TestDefaultRouteFlaps(t *testing.T) {
+	n := newNode(t, record("b"))
+	n.resync = shortResync
+	own := n.joins()
+	for _, u := range []kernel.Underlay{{}, ethernet} {
+		n.kernel.set(func(k *fakeKernel) { k.underlay = u })
+		n.tell(kernel.Event{Underlay: true})
+		n.quiet()
+		if got, _ := n.registry.own(); !got.Equal(own) {
+			t.Errorf("underlay %v: the record is %+v, was %+v", u, got, own)
+		}
+	}
+	n.holds(plannedAlone)
+}
