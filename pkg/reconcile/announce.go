@@ -51,7 +51,8 @@ func (l *Loop) announce(now time.Time) {
 		return
 	}
 	// Nobody but us raises our revision. A machine that was cloned has our key too.
-	foreign := theirs.PublicKey != self.PublicKey || theirs.Revision > self.Revision
+	// What we offered may still arrive after we have changed our mind.
+	foreign := theirs.PublicKey != self.PublicKey || theirs.Revision > max(self.Revision, l.offered)
 	if current && l.joined && !theirs.Left && foreign {
 		if !l.rival {
 			l.Log.Error("another node publishes under this node's name; its record stays", "name", self.Name, "mend", "set \"nodeName\" so that each node has its own")
@@ -78,7 +79,7 @@ func (l *Loop) announce(now time.Time) {
 		l.Log.Error("record not published", "error", err)
 		return
 	}
-	l.known.Self.Revision = self.Revision
+	l.known.Self.Revision, l.offered = self.Revision, max(l.offered, self.Revision)
 	l.heard = false
 	l.publisher.put(offer{sealed, seen})
 }

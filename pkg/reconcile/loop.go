@@ -97,6 +97,7 @@ type Loop struct {
 	pods        []netip.Addr     // attached to this node, as of the last pass
 	published   *registry.Record // what was published since the registry's last word
 	heard       bool             // the registry has told something since our record was last offered
+	offered     uint64           // the latest revision of our record that was offered in this run
 	publisher   *publisher
 
 	unpublishedSince time.Time

@@ -181,6 +181,35 @@ func TestRival(t *testing.T) {
 	}
 }
 
+// A change that is taken back while it is being published still reaches the
+// registry. It is our own word, and no rival's.
+func TestChangeTakenBackWhilePublishing(t *testing.T) {
+	n := newNode(t)
+	own := n.joins()
+	release := make(chan struct{})
+	n.registry.set(func(r *fakeRegistry) {
+		r.onPublish = func(registry.Record) error {
+			<-release
+			return nil
+		}
+	})
+	offered := len(n.registry.publications())
+	for _, address := range []string{"192.0.2.77", "192.0.2.1"} {
+		n.kernel.set(func(k *fakeKernel) { k.underlay = underlay(address) })
+		n.tell(kernel.Event{Underlay: true})
+		eventually(t, "a pass with "+address, func() bool { return n.saved().Self.Endpoints[0] == address+":51820" })
+		eventually(t, "the change to be offered", func() bool { return len(n.registry.publications()) > offered })
+	}
+	close(release)
+	eventually(t, "the change to be published", func() bool { return n.saved().Records.Nodes["a"].Revision > own.Revision })
+	n.announced("what was before", func(r registry.Record) bool {
+		return r.Revision > own.Revision && slices.Equal(r.Endpoints, own.Endpoints)
+	})
+	if n.log.count("another node publishes") != 0 {
+		t.Error("this node was taken for a rival of itself")
+	}
+}
+
 // Two helpers with one name on one registry come to rest.
 func TestTwoWithOneName(t *testing.T) {
 	for name, key := range map[string]wgtypes.Key{"two keys": {9}, "one key": keyA} {

@@ -160,9 +160,9 @@ func TestTurningTheSealOn(t *testing.T) {
 	n.holds(peerB, peerC)
 
 	two := registrytest.Secrets(t, 2)
-	n.config.SecretFile = filepath.Join(t.TempDir(), "secret")
+	secret := filepath.Join(t.TempDir(), "secret")
+	n.configure(func(c *config.Config) { c.SecretFile, c.AcceptUnsealed = secret, true })
 	n.writeSecrets(two, 0)
-	n.configure(func(c *config.Config) { c.AcceptUnsealed = true })
 	own := n.announced("a sealed record", func(r registry.Record) bool { return !r.Seal.IsZero() })
 	n.sharing("no preshared key with b", "b", mesh.Fingerprint{})
 

@@ -36,7 +36,7 @@ func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.
 	f := mesh.Facts{Settings: c.Settings, LocalPods: pods, Revoked: map[wgtypes.Key]string{}}
 	f.MTU = mtuOf(c, known)
 	f.Self = node(known.Self, known.Endpoints)
-	f.Self.Name, f.Self.PublicKey = c.NodeName, key
+	f.Self.Name, f.Self.PublicKey, f.Self.Endpoint = c.NodeName, key, ownEndpoint(known.Self)
 	// The secret that the others see our record sealed with, not the one that the
 	// next record will have: both ends of a tunnel choose its key by the same two.
 	own := pairs.Current()
@@ -57,6 +57,18 @@ func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.
 		f.Nodes = append(f.Nodes, n)
 	}
 	return f
+}
+
+// ownEndpoint is the one that the others take, but for those who cannot use its
+// family: a claim that covers it is to be settled alike on all nodes. A DNS name
+// is left out.
+func ownEndpoint(r registry.Record) netip.AddrPort {
+	for _, e := range r.Endpoints {
+		if a, err := netip.ParseAddrPort(e); err == nil {
+			return a
+		}
+	}
+	return netip.AddrPort{}
 }
 
 // Forgotten reports whether the mesh has revoked a node's key.

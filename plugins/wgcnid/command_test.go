@@ -4,11 +4,18 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/version"
@@ -25,33 +32,63 @@ func execute(args ...string) (string, error) {
 	return out.String(), err
 }
 
+// commands calls f with every command that is shown and its full name.
+func commands(parent *cobra.Command, f func(name []string, cmd *cobra.Command)) {
+	for _, cmd := range parent.Commands() {
+		if !cmd.Hidden {
+			f(strings.Fields(cmd.CommandPath())[1:], cmd)
+			commands(cmd, f)
+		}
+	}
+}
+
 func TestHelp(t *testing.T) {
 	text, err := execute("--help")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, cmd := range rootCommand().Commands() {
-		if cmd.Hidden {
-			if strings.Contains(text, cmd.Short) {
-				t.Errorf("the hidden command %s is shown", cmd.Name())
-			}
-			continue
+		if cmd.Hidden && strings.Contains(text, cmd.Short) {
+			t.Errorf("the hidden command %s is shown", cmd.Name())
 		}
-		if !strings.Contains(text, cmd.Name()) || !strings.Contains(text, cmd.Short) {
-			t.Errorf("%s is not mentioned", cmd.Name())
+	}
+	var names []string
+	commands(rootCommand(), func(name []string, cmd *cobra.Command) {
+		path := strings.Join(name, " ")
+		names = append(names, path)
+		above, err := execute(append(name[:len(name)-1:len(name)-1], "--help")...)
+		if err != nil || !strings.Contains(above, cmd.Name()) || !strings.Contains(above, cmd.Short) {
+			t.Errorf("%s is not mentioned, or %v", path, err)
 		}
-		help, err := execute(cmd.Name(), "--help")
+		help, err := execute(append(name, "--help")...)
 		if err != nil {
-			t.Errorf("%s: %v", cmd.Name(), err)
+			t.Errorf("%s: %v", path, err)
 		}
-		if example := "Examples:\n  wgcnid " + cmd.Name(); cmd.Name() != "version" && !strings.Contains(help, example) {
-			t.Errorf("the help of %s has no example:\n%s", cmd.Name(), help)
+		if example := "  wgcnid " + path; path != "version" && (!strings.Contains(help, "Examples:\n") || !strings.Contains(help, example)) {
+			t.Errorf("the help of %s has no example:\n%s", path, help)
 		}
+		for line := range strings.Lines(cmd.Long) {
+			if len(line) > 85 {
+				t.Errorf("%s: more than 84 columns: %s", path, line)
+			}
+		}
+	})
+	if want := []string{"forget", "leave", "nodes", "run", "secret", "secret list", "secret new", "status", "sync", "version"}; !slices.Equal(names, want) {
+		t.Errorf("commands %q, want %q", names, want)
 	}
 	for _, flag := range []string{"--config", "--cni-dir", config.DefaultDir} {
 		if !strings.Contains(text, flag) {
 			t.Errorf("%s is not mentioned", flag)
 		}
+	}
+}
+
+// A group of commands alone is its help.
+func TestGroup(t *testing.T) {
+	group, err := execute("secret")
+	help, _ := execute("secret", "--help")
+	if err != nil || group != help {
+		t.Errorf("%s, %v", group, err)
 	}
 }
 
@@ -76,6 +113,9 @@ func TestCommandLineErrors(t *testing.T) {
 		{"--frobnicate", []string{"--frobnicate"}},
 		{"status --frobnicate", []string{"--frobnicate"}},
 		{"status b", []string{"b"}},
+		{"secret nwe", []string{`"nwe"`, "wgcnid secret"}},
+		{"secret new b", []string{"b"}},
+		{"forget", []string{"forget NAME", "wgcnid nodes"}},
 		{"run --log xml", []string{"--log", `"xml"`, "text", "json"}},
 		// The folder that was looked into, and how to mend it.
 		{"run --cni-dir " + empty, []string{empty, "wgcni", "--config"}},
@@ -83,6 +123,9 @@ func TestCommandLineErrors(t *testing.T) {
 		{"run --config " + empty + "/missing.conflist", []string{empty + "/missing.conflist", "no such file"}},
 		{"status --config " + typo, []string{typo, "clusterCIDR", "clusterCIDRs"}},
 		{"leave --config " + typo, []string{typo, "clusterCIDR", "clusterCIDRs"}},
+		{"nodes --config " + typo, []string{typo, "clusterCIDR", "clusterCIDRs"}},
+		{"forget b --config " + typo, []string{typo, "clusterCIDR", "clusterCIDRs"}},
+		{"secret list --config " + typo, []string{typo, "clusterCIDR", "clusterCIDRs"}},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
 			out, err := execute(strings.Fields(tt.args)...)
@@ -101,10 +144,55 @@ func TestCommandLineErrors(t *testing.T) {
 	}
 }
 
+func TestAsRoot(t *testing.T) {
+	denied := fmt.Errorf("read the folder: %w", &os.PathError{Op: "open", Path: "/etc/cni/net.d", Err: unix.EACCES})
+	for _, tt := range []struct {
+		err  error
+		euid int
+		want string
+	}{
+		{denied, 1000, denied.Error() + ": run it as root"},
+		{denied, 0, denied.Error()}, // a share that is root_squash, for one
+		{fs.ErrNotExist, 1000, fs.ErrNotExist.Error()},
+	} {
+		if got := asRoot(tt.err, tt.euid); got.Error() != tt.want || !errors.Is(got, tt.err) {
+			t.Errorf("uid %d: %v, want %s", tt.euid, got, tt.want)
+		}
+	}
+}
+
+// An ordinary user, with the process that main makes of itself.
 func TestPermission(t *testing.T) {
-	_, err := asRoot(config.Config{}, &os.PathError{Op: "open", Path: "/etc/cni/net.d", Err: os.ErrPermission})
-	if !errors.Is(err, os.ErrPermission) || !strings.Contains(err.Error(), "run it as root") {
-		t.Errorf("error %v", err)
+	m := newMesh(t, 1)
+	for _, tt := range []struct {
+		args   []string
+		stdout bool
+		stderr string
+	}{
+		{[]string{"nodes", "--config", m.conf}, false, "permission denied: run it as root\n"},
+		{[]string{"leave", "--config", m.conf}, false, "permission denied: run it as root\n"},
+		{[]string{"status", "--config", "/\x1b[2J\u202e"}, false, `open /\u001b[2J\u202e: no such file or directory` + "\n"},
+		{[]string{"secret", "new"}, true, ""},
+		{[]string{"version"}, true, ""},
+	} {
+		t.Run(tt.args[0], func(t *testing.T) {
+			if err := os.Chmod(filepath.Dir(m.conf), 0); err != nil {
+				t.Fatal(err)
+			}
+			var stdout, stderr bytes.Buffer
+			cmd := as(t.Context(), asHelper, tt.args...)
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			if os.Geteuid() == 0 {
+				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+			}
+			err := cmd.Run()
+			if (err == nil) != (tt.stderr == "") || !strings.HasSuffix(stderr.String(), tt.stderr) || (stderr.Len() == 0) != (tt.stderr == "") {
+				t.Errorf("%v, %q; want %q", err, &stderr, tt.stderr)
+			}
+			if (stdout.Len() > 0) != tt.stdout {
+				t.Errorf("%d bytes are printed", stdout.Len())
+			}
+		})
 	}
 }
 

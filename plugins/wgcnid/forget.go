@@ -2,15 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"maps"
-	"slices"
+	"strings"
 
 	"github.com/agnivade/levenshtein"
 	"github.com/spf13/cobra"
 
 	"github.com/wgcni/wgcni/pkg/config"
-	"github.com/wgcni/wgcni/pkg/registry"
 )
 
 func forgetCommand(o *options) *cobra.Command {
@@ -23,19 +22,29 @@ revoked: it does not come back by starting again, nor under another name. If its
 helper runs, it keeps the filters, so that nothing leaves it in the clear.
 
 To take it in again, stop wgcnid there, run ` + "`wgcnid leave --purge`" + ` and start it:
-it joins with a new key. Whoever has the cluster secret from it can do the same:
-change the secret if the machine is in wrong hands, see the README.
+it joins with a new key. So does whoever holds the machine, as long as it can
+write to the registry and has a cluster secret that is in use: if it is in wrong
+hands, change the secret too (` + "`wgcnid secret --help`" + `).
 
-A node that you can still log in to leaves by itself with ` + "`wgcnid leave`" + `.`,
-		Example: "  wgcnid forget node-7",
-		Args:    cobra.ExactArgs(1),
+A node that you can still log in to leaves by itself, with ` + "`wgcnid leave`" + `.`,
+		Example: "  wgcnid nodes\n  wgcnid forget node-7",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return errors.New("name one node to forget: `wgcnid forget NAME`; `wgcnid nodes` lists all")
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := o.loadLast()
 			if err != nil {
 				return err
 			}
-			if err := forget(cmd.Context(), c, args[0]); err != nil {
+			note, err := forget(cmd.Context(), c, args[0])
+			if err != nil {
 				return err
+			}
+			if note != "" {
+				fmt.Fprintln(cmd.ErrOrStderr(), "wgcnid: some nodes may keep it as a peer:", note)
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is forgotten and its key revoked; every node that reads the registry removes it now.\n", args[0])
 			return err
@@ -43,38 +52,47 @@ A node that you can still log in to leaves by itself with ` + "`wgcnid leave`" +
 	}
 }
 
-func forget(ctx context.Context, c config.Config, name string) error {
+// forget returns a note about nodes that will not listen, if there are any.
+func forget(ctx context.Context, c config.Config, name string) (note string, err error) {
 	if name == c.NodeName {
-		return fmt.Errorf("%s is this node: use `wgcnid leave`", name)
+		return "", fmt.Errorf("%s is this node: it goes with `wgcnid leave`", name)
 	}
 	v, err := viewMesh(ctx, c)
 	if err != nil {
-		return err
+		return "", err
 	}
-	if v.away != nil {
-		return fmt.Errorf("the other nodes cannot be told: %w", v.away)
-	}
-	record, there := v.records.Nodes[name]
-	if !there {
-		return unknownNode(name, v.records)
+	record, known := v.records.Nodes[name]
+	if !known {
+		return "", v.unknownNode(name)
 	}
 	if _, revoked := record.Revoked(); revoked {
-		return fmt.Errorf("%s is forgotten already", name)
+		return "", fmt.Errorf("%s is forgotten already", name)
 	}
 	if record.Left {
-		return fmt.Errorf("%s has left already", name)
+		return "", fmt.Errorf("%s has left already: there is nothing to forget", name)
 	}
-	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
-	defer cancel()
-	return v.bury(ctx, name, true)
+	if err := v.bury(ctx, name, true); err != nil {
+		return "", fmt.Errorf("the other nodes cannot be told: %w", err)
+	}
+	return v.unheard(name), nil
 }
 
-func unknownNode(name string, records registry.Snapshot) error {
-	if len(records.Nodes) == 0 {
-		return fmt.Errorf("no node %q: the registry has none", name)
+// unknownNode says why there is no such node, and which one may be meant.
+func (v meshView) unknownNode(name string) error {
+	if v.away != nil {
+		return fmt.Errorf("this node knows no %q, and the registry is away: %w", name, v.away)
 	}
-	nearest := slices.MinFunc(slices.Sorted(maps.Keys(records.Nodes)), func(a, b string) int {
-		return levenshtein.ComputeDistance(a, name) - levenshtein.ComputeDistance(b, name)
-	})
-	return fmt.Errorf("no node %q: did you mean %q? `wgcnid nodes` lists all", name, nearest)
+	if err := v.records.Invalid[name]; err != nil {
+		return fmt.Errorf("%q is no node of the mesh: what the registry has under this name is refused: %w", name, err)
+	}
+	nearest, least := "", 1+len(name)/3 // farther off, it would not be a slip of the pen
+	for _, r := range v.records.Records() {
+		if d := levenshtein.ComputeDistance(r.Name, strings.ToLower(name)); !r.Left && d <= least {
+			nearest, least = r.Name, d-1
+		}
+	}
+	if nearest != "" {
+		return fmt.Errorf("no node %q: did you mean %q?", name, nearest)
+	}
+	return fmt.Errorf("no node %q: `wgcnid nodes` lists all", name)
 }

@@ -17,7 +17,8 @@ import (
 	"github.com/wgcni/wgcni/pkg/reconcile"
 )
 
-// leaveTimeout bounds the registry, and the wait for a running helper to end.
+// leaveTimeout bounds all of leave: the registry, and the wait for a running
+// helper to end.
 const leaveTimeout = 30 * time.Second
 
 func leaveCommand(o *options) *cobra.Command {
@@ -32,13 +33,21 @@ again, and cluster traffic that cannot be encrypted is dropped. leave then goes
 by the configuration that wgcnid ran with last.
 
 The node's key stays, so that it can join again as the same node; --purge
-deletes it too.`,
+deletes it too, with all else in "stateDir".
+
+If the others cannot be told (the registry is away, or the secret file cannot be
+read) leave changes nothing, but with --force it goes on: they then keep this
+node as a peer until ` + "`wgcnid forget`" + ` is run on one of them. A wgcnid that runs
+must be stopped by hand in this case, and on a node that was forgotten.`,
 		Example: "  wgcnid leave\n  wgcnid leave --purge   # delete the key as well",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := o.loadLast()
 			if err != nil {
 				return err
+			}
+			if os.Geteuid() != 0 {
+				return errors.New("only root may take the tunnel away: run it as root")
 			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelWarn}))
 			if err := leave(cmd.Context(), c, force, log); err != nil {
@@ -53,8 +62,8 @@ deletes it too.`,
 			return err
 		},
 	}
-	cmd.Flags().BoolVar(&purge, "purge", false, "delete the node's private key as well")
-	cmd.Flags().BoolVar(&force, "force", false, "leave even if the registry cannot be told; the other nodes keep this one until it is forgotten")
+	cmd.Flags().BoolVar(&purge, "purge", false, "delete the node's private key, and all else in \"stateDir\", as well")
+	cmd.Flags().BoolVar(&force, "force", false, "leave even if the other nodes cannot be told")
 	return cmd
 }
 
@@ -66,13 +75,14 @@ func leave(ctx context.Context, c config.Config, force bool, log *slog.Logger) e
 		return err
 	}
 	defer k.Close()
-	if err := announceLeave(ctx, c); err != nil {
+	told, err := announceLeave(ctx, c, log)
+	if err != nil {
 		if !force {
-			return fmt.Errorf("tell the other nodes: %w; mend it, or leave with --force", err)
+			return fmt.Errorf("the other nodes cannot be told: %w; mend it, or leave with --force", err)
 		}
-		log.Warn("the other nodes could not be told", "error", err)
+		log.Warn("the other nodes could not be told and keep this one as a peer", "error", err, "mend", fmt.Sprintf("run `wgcnid forget %s` on one of them", c.NodeName))
 	}
-	lock, err := awaitHelperEnd(ctx, c.RunDir)
+	lock, err := awaitHelperEnd(ctx, c.RunDir, told)
 	if err != nil {
 		return err
 	}
@@ -80,26 +90,55 @@ func leave(ctx context.Context, c config.Config, force bool, log *slog.Logger) e
 	return teardown(ctx, c, k, log)
 }
 
-// announceLeave puts a tombstone in the place of our record. A running helper
-// takes it as its order to end.
-func announceLeave(ctx context.Context, c config.Config) error {
+// announceLeave puts a tombstone in the place of our record: the one that others
+// know, whether the registry has it or not. A running helper takes it as its
+// order to end. Told is false where there is nothing that would tell it.
+func announceLeave(ctx context.Context, c config.Config, log *slog.Logger) (told bool, err error) {
 	v, err := viewMesh(ctx, c)
 	if err != nil {
-		return err
+		return false, err
 	}
-	return v.bury(ctx, c.NodeName, false)
+	record, known := v.records.Nodes[c.NodeName]
+	_, refused := v.records.Invalid[c.NodeName]
+	_, revoked := record.Revoked()
+	switch {
+	case revoked:
+		return false, nil
+	case !known && !refused:
+		// Never a member, as far as can be told.
+		return false, v.away
+	case v.foreign(c):
+		// A tombstone would take down that node's tunnel, and its guard with it.
+		log.Warn("another node uses this node's name: its record stays", "name", c.NodeName, "mend", "set \"nodeName\" so that each node has its own")
+		return false, nil
+	}
+	if err := v.bury(ctx, c.NodeName, false); err != nil {
+		return false, err
+	}
+	if note := v.unheard(c.NodeName); note != "" {
+		log.Warn("some nodes may keep this one as a peer: " + note)
+	}
+	return true, nil
 }
 
-func awaitHelperEnd(ctx context.Context, runDir string) (*os.File, error) {
+// errHelperRuns is what leave ends with where it cannot end the helper.
+var errHelperRuns = errors.New("wgcnid still runs on this node: stop it (`systemctl stop wgcnid`) and run `wgcnid leave` again")
+
+// awaitHelperEnd takes the helper's place. It waits for one that runs to end, if
+// that one has been told to.
+func awaitHelperEnd(ctx context.Context, runDir string, told bool) (*os.File, error) {
 	for {
 		lock, err := reconcile.HoldHelperLock(runDir)
-		if err == nil || !errors.Is(err, reconcile.ErrRunning) {
+		switch {
+		case err == nil || !errors.Is(err, reconcile.ErrRunning):
 			return lock, err
+		case !told:
+			return nil, errHelperRuns
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):
 		case <-ctx.Done():
-			return nil, errors.New("wgcnid still runs on this node: stop it (`systemctl stop wgcnid`) and run `wgcnid leave` again")
+			return nil, errHelperRuns
 		}
 	}
 }

@@ -4,22 +4,31 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/version"
 )
 
 func main() {
+	// The private key and the cluster secret stay out of core files. A limit of
+	// RLIMIT_CORE=0 would not do: where core_pattern is a pipe it is ignored
+	// (core(5)). A tunnel process comes through here as well; execve(2) has reset it.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		fmt.Fprintln(os.Stderr, "wgcnid: should this process crash, a core file may hold the node's keys:", err)
+	}
 	// Never stopped: the process ends with the command.
 	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	if err := rootCommand().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "wgcnid:", err)
+		fmt.Fprintln(os.Stderr, "wgcnid:", printable(asRoot(err, os.Geteuid()).Error()))
 		os.Exit(1)
 	}
 }
@@ -30,9 +39,7 @@ type options struct {
 	cniDir     string
 }
 
-func (o options) load() (config.Config, error) {
-	return asRoot(config.Load(o.configFile, o.cniDir))
-}
+func (o options) load() (config.Config, error) { return config.Load(o.configFile, o.cniDir) }
 
 // loadLast is load for those commands that also make sense when the entry has
 // been taken out of the conflist.
@@ -40,14 +47,15 @@ func (o options) loadLast() (config.Config, error) {
 	if o.configFile != "" {
 		return o.load()
 	}
-	return asRoot(config.LoadLast(o.cniDir))
+	return config.LoadLast(o.cniDir)
 }
 
-func asRoot(c config.Config, err error) (config.Config, error) {
-	if os.IsPermission(err) {
-		return c, fmt.Errorf("%w: run it as root", err)
+// asRoot says how to get a permission that only root has.
+func asRoot(err error, euid int) error {
+	if euid != 0 && errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w: run it as root", err)
 	}
-	return c, err
+	return err
 }
 
 func rootCommand() *cobra.Command {
@@ -65,7 +73,10 @@ configuration list; a machine with no CNI gives that entry in a file of its own.
 	}
 	root.PersistentFlags().StringVar(&o.configFile, "config", "", "conflist, or a bare wgcni entry (default: the first conflist in --cni-dir that chains wgcni)")
 	root.PersistentFlags().StringVar(&o.cniDir, "cni-dir", config.DefaultDir, "folder of the CNI network configurations")
-	root.AddCommand(runCommand(&o), syncCommand(&o), statusCommand(&o), nodesCommand(&o), leaveCommand(&o), forgetCommand(&o), secretCommand(&o), versionCommand(), tunnelCommand())
+	root.AddCommand(
+		runCommand(&o), syncCommand(&o), statusCommand(&o), nodesCommand(&o), leaveCommand(&o), forgetCommand(&o),
+		secretCommand(&o), versionCommand(), tunnelCommand(),
+	)
 	return root
 }
 

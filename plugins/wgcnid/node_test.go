@@ -171,7 +171,12 @@ func TestReport(t *testing.T) {
 	if _, err := readReport(dir); !os.IsNotExist(err) {
 		t.Errorf("before the first: %v", err)
 	}
-	want := reconcile.Report{At: now, RegistryError: "away", RegistrySince: now, Rival: true, Conflicts: []mesh.Conflict{{Node: "b", What: "x", Reason: "y"}}}
+	want := reconcile.Report{
+		At: now, RegistryError: "away", RegistrySince: now, PublishError: "full", PublishSince: now, SecretsError: "gone", Rival: true, Forgotten: true,
+		Conflicts:    []mesh.Conflict{{Node: "b", What: "x", Reason: "y"}},
+		Refused:      []reconcile.Refusal{{Node: "c", Kind: reconcile.KindForged, Reason: "z", Since: now}},
+		RefusedTotal: map[string]uint64{reconcile.KindForged: 2},
+	}
 	writeReport(dir, reconcile.Report{Error: "before"}, logger)
 	writeReport(dir, want, logger)
 	got, err := readReport(dir)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/netip"
@@ -12,10 +11,12 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/registry"
 )
 
 func nodesCommand(o *options) *cobra.Command {
@@ -24,9 +25,12 @@ func nodesCommand(o *options) *cobra.Command {
 		Use:   "nodes",
 		Short: "List the nodes of the mesh, as the registry has them",
 		Long: `List the nodes of the mesh: what the registry says, taken into what this node
-knows already. Records that are refused are listed below, with the reason. While
-the registry is away this node's own knowledge is shown.`,
-		Example: "  wgcnid nodes\n  wgcnid nodes --json | jq '.nodes[] | select(.sealedBy == null)'",
+knows already. Nodes that have left or were forgotten are among them. Records that
+are refused are listed below, with the reason. While the registry is away, what
+this node knows is shown.
+
+Which of them this node has a tunnel to is told by ` + "`wgcnid status`" + `.`,
+		Example: "  wgcnid nodes\n  wgcnid nodes --json | jq -r '.nodes[] | select(.state == \"member\" and .sealedBy == null) | .name'",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := o.loadLast()
@@ -46,10 +50,10 @@ the registry is away this node's own knowledge is shown.`,
 
 // NodeList is what `wgcnid nodes --json` prints.
 type NodeList struct {
-	Registry      string       `json:"registry"`
-	RegistryError string       `json:"registryError,omitempty"` // why it cannot be read; then Nodes is what this node knows
-	Nodes         []NodeStatus `json:"nodes"`
-	Refused       []string     `json:"refused,omitempty"` // records of the registry that do not count, and why
+	Registry      string          `json:"registry"`
+	RegistryError string          `json:"registryError,omitempty"` // why it cannot be read; then Nodes is what this node knows
+	Nodes         []NodeStatus    `json:"nodes"`                   // by name
+	Refused       []RefusedRecord `json:"refused"`                 // by name; what the registry has and does not count
 }
 
 // NodeStatus is one line of the table.
@@ -64,79 +68,103 @@ type NodeStatus struct {
 	Revision  uint64            `json:"revision"`
 }
 
+// RefusedRecord is a record of the registry that does not count.
+type RefusedRecord struct {
+	Node   string `json:"node"` // the name that it is stored under
+	Reason string `json:"reason"`
+}
+
 // The states of a node.
 const (
 	nodeSelf      = "this node"
 	nodeMember    = "member"
 	nodeLeft      = "left"
-	nodeForgotten = "forgotten"
+	nodeForgotten = "forgotten"   // and its key revoked
+	nodeRevoked   = "key revoked" // a record with the key of a forgotten node: nobody is its peer
 )
 
 func listNodes(c config.Config, v meshView) NodeList {
-	l := NodeList{Registry: v.registry.String(), Nodes: []NodeStatus{}}
+	l := NodeList{Registry: v.registry.String(), Nodes: []NodeStatus{}, Refused: []RefusedRecord{}}
 	if v.away != nil {
 		l.RegistryError = v.away.Error()
 	}
-	for _, r := range v.records.Records() {
-		n := NodeStatus{
-			Name: r.Name, State: nodeMember, Endpoints: r.Endpoints,
-			SealedBy: r.Seal.Secret, Since: r.Since, Revision: r.Revision,
+	records := v.records.Records()
+	revoked := map[wgtypes.Key]bool{}
+	for _, r := range records {
+		if key, ok := r.Revoked(); ok {
+			revoked[key] = true
 		}
-		for _, claims := range [][]mesh.Claim{r.Prefixes, r.Pods} {
-			for _, claim := range claims {
-				n.Prefixes = append(n.Prefixes, claim.Prefix)
-			}
-		}
-		_, revoked := r.Revoked()
-		switch {
-		case revoked:
-			n.State = nodeForgotten
-		case r.Left:
-			n.State = nodeLeft
-		case r.Name == c.NodeName:
-			n.State = nodeSelf
-		}
-		if !r.Left || revoked {
-			n.PublicKey = r.PublicKey.String()
-		}
-		l.Nodes = append(l.Nodes, n)
 	}
-	for _, err := range v.records.Invalid {
-		l.Refused = append(l.Refused, err.Error())
+	for _, r := range records {
+		l.Nodes = append(l.Nodes, nodeStatus(r, c.NodeName, revoked))
+	}
+	for name, err := range v.records.Invalid {
+		l.Refused = append(l.Refused, RefusedRecord{name, err.Error()})
 	}
 	for _, s := range v.stale {
-		l.Refused = append(l.Refused, s.Error())
+		l.Refused = append(l.Refused, RefusedRecord{s.Name, s.Error()})
 	}
-	slices.Sort(l.Refused)
+	slices.SortFunc(l.Refused, func(a, b RefusedRecord) int {
+		return cmp.Or(cmp.Compare(a.Node, b.Node), cmp.Compare(a.Reason, b.Reason))
+	})
 	return l
+}
+
+func nodeStatus(r registry.Record, self string, revoked map[wgtypes.Key]bool) NodeStatus {
+	n := NodeStatus{
+		Name: r.Name, State: nodeMember, Endpoints: r.Endpoints,
+		SealedBy: r.Seal.Secret, Since: r.Since, Revision: r.Revision,
+	}
+	for _, claims := range [][]mesh.Claim{r.Prefixes, r.Pods} {
+		for _, claim := range claims {
+			n.Prefixes = append(n.Prefixes, claim.Prefix)
+		}
+	}
+	_, forgotten := r.Revoked()
+	switch {
+	case forgotten:
+		n.State = nodeForgotten
+	case r.Left:
+		n.State = nodeLeft
+	case revoked[r.PublicKey]:
+		n.State = nodeRevoked
+	case r.Name == self:
+		n.State = nodeSelf
+	}
+	if r.PublicKey != (wgtypes.Key{}) {
+		n.PublicKey = r.PublicKey.String()
+	}
+	return n
 }
 
 func printNodes(w io.Writer, l NodeList, asJSON bool) error {
 	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(l)
+		return printJSON(w, l)
 	}
 	var b strings.Builder
 	if l.RegistryError != "" {
-		fmt.Fprintf(&b, "The registry is away; this is what this node knows: %s\n\n", l.RegistryError)
+		fmt.Fprintf(&b, "The registry is away; this is what this node knows: %s\n\n", oneLine(l.RegistryError))
 	}
-	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "NODE\tSTATE\tENDPOINTS\tPREFIXES\tSEALED BY\tJOINED")
-	for _, n := range l.Nodes {
-		joined := "-"
-		if !n.Since.IsZero() {
-			joined = n.Since.Local().Format(time.DateTime)
+	if len(l.Nodes) == 0 {
+		fmt.Fprintln(&b, "No node has joined yet.")
+	} else {
+		t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "NODE\tSTATE\tENDPOINTS\tPREFIXES\tSEALED BY\tJOINED")
+		for _, n := range l.Nodes {
+			joined := "-"
+			if !n.Since.IsZero() {
+				joined = n.Since.Local().Format(time.DateTime)
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", n.Name, n.State, few(n.Endpoints, "-"), few(texts(n.Prefixes), "-"),
+				cmp.Or(string(n.SealedBy), "-"), joined)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", n.Name, n.State, cmp.Or(strings.Join(n.Endpoints, " "), "-"),
-			list(n.Prefixes), cmp.Or(string(n.SealedBy), "-"), joined)
-	}
-	if err := t.Flush(); err != nil {
-		return err
+		if err := t.Flush(); err != nil {
+			return err
+		}
 	}
 	for _, r := range l.Refused {
-		fmt.Fprintln(&b, "refused:", r)
+		fmt.Fprintln(&b, "refused:", oneLine(r.Reason))
 	}
-	_, err := io.WriteString(w, b.String())
+	_, err := io.WriteString(w, printable(b.String()))
 	return err
 }

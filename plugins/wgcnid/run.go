@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -71,10 +72,7 @@ func run(ctx context.Context, o options, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	last := filepath.Join(c.StateDir, config.LastFile)
-	if err := renameio.WriteFile(last, c.Source, 0o600); err != nil {
-		log.Warn("cannot keep a copy of the configuration; `wgcnid leave` will need --config", "error", err)
-	}
+	loop.Load = keepLast(o.load, c.StateDir, log)
 	log.Info("starting", "node", c.NodeName, "publicKey", loop.Key.String(), "interface", c.Interface,
 		"clusterCIDRs", c.ClusterCIDRs, "podCIDRs", c.PodCIDRs, "registry", loop.Registry.String())
 	err = loop.Run(ctx)
@@ -86,6 +84,25 @@ func run(ctx context.Context, o options, log *slog.Logger) error {
 		log.Info("stopping; traffic goes on")
 	}
 	return err
+}
+
+// keepLast is load, and keeps a copy of what was loaded: once the entry is out of
+// the conflist, `wgcnid leave` goes by it. A configuration that changes under a
+// running helper counts, too: without the secret that it was given, for one, this
+// node's farewell would be believed by nobody.
+func keepLast(load func() (config.Config, error), stateDir string, log *slog.Logger) func() (config.Config, error) {
+	var last []byte
+	return func() (config.Config, error) {
+		c, err := load()
+		if err != nil || bytes.Equal(c.Source, last) {
+			return c, err
+		}
+		last = c.Source // a copy that fails is not tried again until there is another
+		if err := renameio.WriteFile(filepath.Join(stateDir, config.LastFile), c.Source, 0o600); err != nil {
+			log.Warn("cannot keep a copy of the configuration; `wgcnid leave` will need --config", "error", err)
+		}
+		return c, nil
+	}
 }
 
 // tunnelCommand is the process of a userspace WireGuard interface.

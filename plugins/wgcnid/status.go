@@ -3,11 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -23,7 +21,6 @@ import (
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
-	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
@@ -83,13 +80,6 @@ type Status struct {
 	Report *reconcile.Report `json:"report,omitempty"`
 }
 
-// SealStatus says what the registry's records must be sealed with.
-type SealStatus struct {
-	SealedBy identity.SecretID   `json:"sealedBy"` // what seals this node's record
-	Accepted []identity.SecretID `json:"accepted"` // what may seal the others'
-	Unsealed []string            `json:"unsealed"` // nodes that are accepted without a seal
-}
-
 // LinkStatus is the WireGuard interface.
 type LinkStatus struct {
 	Name       string `json:"name"`
@@ -103,7 +93,7 @@ type PeerStatus struct {
 	Name          string         `json:"name"`
 	PublicKey     string         `json:"publicKey"`
 	PresharedKey  bool           `json:"presharedKey"` // the tunnel has one
-	Endpoint      netip.AddrPort `json:"endpoint"` // "" if not known
+	Endpoint      netip.AddrPort `json:"endpoint"`     // "" if not known
 	LastHandshake time.Time      `json:"lastHandshake,omitzero"`
 	ReceiveBytes  int64          `json:"receiveBytes"`
 	TransmitBytes int64          `json:"transmitBytes"`
@@ -135,25 +125,12 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	defer k.Close()
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	known, _, err := store.LoadKnown(ctx, c.StateDir)
-	if err != nil {
-		return Status{}, err
-	}
 	now := time.Now()
-	if known, err = reconcile.Bootstrap(c, known, k.Underlay, now); err != nil {
-		return Status{}, err
-	}
-	var public wgtypes.Key
-	key, err := identity.Load(c.StateDir)
-	if err == nil {
-		public = key.Public()
-	} else if !errors.Is(err, identity.ErrNoKey) {
-		return Status{}, err
-	}
-	trust, err := reconcile.ReadTrust(c)
+	known, public, err := readNode(ctx, c, k, now)
 	if err != nil {
 		return Status{}, err
 	}
+	trust, secretsErr := reconcile.ReadTrust(c)
 	pass := reconcile.Pass{
 		Config: c, Kernel: k, Known: known, Key: public, Pairs: identity.NewPairs(public, trust.Secrets), Context: mesh.Context{Now: now},
 	}
@@ -161,9 +138,12 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	if err != nil {
 		return Status{}, err
 	}
+	if secretsErr != nil {
+		takePresharedKeys(&outcome, pass.Context)
+	}
 	s := Status{
 		Time: now, Node: c.NodeName, Encryption: c.Encryption,
-		Helper: reconcile.HelperAlive(c.RunDir), Registry: openStore(c.Registry).String(), Seal: sealStatus(trust, known.Records),
+		Helper: reconcile.HelperAlive(c.RunDir), Registry: openStore(c.Registry).String(), Seal: sealStatus(trust, secretsErr, known.Records),
 		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
 		Peers: peerStatuses(outcome, now),
 	}
@@ -186,20 +166,23 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	return s, nil
 }
 
-func sealStatus(trust registry.Trust, records registry.Snapshot) *SealStatus {
-	if len(trust.Secrets) == 0 {
-		return nil
+// readNode reads what this node knows of the mesh, and its public key: zero if
+// it has none yet.
+func readNode(ctx context.Context, c config.Config, k *kernel.Kernel, now time.Time) (known store.Known, public wgtypes.Key, err error) {
+	if known, _, err = store.LoadKnown(ctx, c.StateDir); err != nil {
+		return known, public, err
 	}
-	s := &SealStatus{SealedBy: trust.Secrets.Current(), Unsealed: []string{}}
-	for _, secret := range trust.Secrets {
-		s.Accepted = append(s.Accepted, secret.ID())
+	if known, err = reconcile.Bootstrap(c, known, k.Underlay, now); err != nil {
+		return known, public, err
 	}
-	for _, r := range records.Records() {
-		if !r.Left && r.Seal.IsZero() {
-			s.Unsealed = append(s.Unsealed, r.Name)
-		}
+	key, err := identity.Load(c.StateDir)
+	if errors.Is(err, identity.ErrNoKey) {
+		return known, public, nil
 	}
-	return s
+	if err == nil {
+		public = key.Public()
+	}
+	return known, public, err
 }
 
 func peerStatuses(o reconcile.Outcome, now time.Time) []PeerStatus {
@@ -263,6 +246,8 @@ func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
 		return false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs."
 	case len(s.Peers) == 0 && c.Encryption == mesh.Required:
 		return true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear."
+	case len(s.Peers) == 0:
+		return true, "No other node has joined yet; pod traffic to other nodes flows in the clear (encryption is \"preferred\")."
 	case c.Encryption == mesh.Preferred:
 		return true, fmt.Sprintf("Pod traffic to %s of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").", others)
 	}
@@ -271,9 +256,7 @@ func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
 
 func printStatus(w io.Writer, s Status, asJSON bool) error {
 	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(s)
+		return printJSON(w, s)
 	}
 	var b strings.Builder
 	fmt.Fprintln(&b, s.Verdict)
@@ -300,62 +283,13 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 		return err
 	}
 	if s.Report != nil {
-		for _, c := range s.Report.Conflicts {
-			fmt.Fprintln(&b, "conflict:", c)
-		}
-		for _, r := range s.Report.Refused {
-			fmt.Fprintf(&b, "refused since %s: %s\n", r.Since.Local().Format(time.DateTime), r.Reason)
-		}
-		if total := refusedTotal(s.Report.RefusedTotal); total != "" {
-			fmt.Fprintf(&b, "refused since wgcnid's start: %s\n", total)
-		}
-		if s.Report.SecretsError != "" {
-			fmt.Fprintln(&b, "the secrets in use are not those of the file:", s.Report.SecretsError)
-		}
-		if s.Report.Rival {
-			fmt.Fprintf(&b, "conflict: another node publishes as %s: set \"nodeName\" so that each node has its own\n", s.Node)
-		}
+		printReport(&b, s)
 	}
 	for _, op := range s.Pending {
 		fmt.Fprintln(&b, "pending:", op)
 	}
-	_, err := io.WriteString(w, b.String())
+	_, err := io.WriteString(w, printable(b.String()))
 	return err
-}
-
-func registryNote(s Status) string {
-	switch r := s.Report; {
-	case r == nil:
-		return ""
-	case r.RegistryError != "":
-		return fmt.Sprintf(", away since %s: %s", r.RegistrySince.Local().Format(time.DateTime), r.RegistryError)
-	case r.PublishError != "":
-		return fmt.Sprintf(", refuses this node's record since %s: %s", r.PublishSince.Local().Format(time.DateTime), r.PublishError)
-	}
-	return ""
-}
-
-func sealNote(s Status) string {
-	if s.Seal == nil {
-		return "none: whoever can write to the registry is trusted; see `wgcnid secret --help`"
-	}
-	note := "by secret " + string(s.Seal.SealedBy)
-	if others := s.Seal.Accepted[1:]; len(others) > 0 {
-		note += fmt.Sprintf("; accepted as well: %v", others)
-	}
-	if len(s.Seal.Unsealed) > 0 {
-		note += "; not sealed yet: " + names(s.Seal.Unsealed)
-	}
-	return note
-}
-
-// refusedTotal prints how many records were refused, by kind.
-func refusedTotal(total map[string]uint64) string {
-	var words []string
-	for _, kind := range slices.Sorted(maps.Keys(total)) {
-		words = append(words, fmt.Sprintf("%d %s", total[kind], kind))
-	}
-	return strings.Join(words, ", ")
 }
 
 func ago(now, then time.Time) string {
@@ -379,17 +313,24 @@ func size(n int64) string {
 }
 
 // list prints at most a few prefixes.
-func list(prefixes []netip.Prefix) string {
+func list(prefixes []netip.Prefix) string { return few(texts(prefixes), "none") }
+
+func texts[T fmt.Stringer](values []T) (out []string) {
+	for _, v := range values {
+		out = append(out, v.String())
+	}
+	return out
+}
+
+// few prints at most four words, and how many more there are.
+func few(words []string, none string) string {
 	const most = 4
-	var words []string
-	for _, p := range prefixes[:min(len(prefixes), most)] {
-		words = append(words, p.String())
-	}
-	if more := len(prefixes) - most; more > 0 {
-		words = append(words, fmt.Sprintf("and %d more", more))
-	}
 	if len(words) == 0 {
-		return "none"
+		return none
 	}
-	return strings.Join(words, " ")
+	text := strings.Join(words[:min(len(words), most)], " ")
+	if more := len(words) - most; more > 0 {
+		text += fmt.Sprintf(" and %d more", more)
+	}
+	return text
 }

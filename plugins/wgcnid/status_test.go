@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -18,6 +19,8 @@ import (
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/registry/registrytest"
 )
 
 var (
@@ -52,11 +55,17 @@ func newStatus(has ...mesh.Peer) Status {
 
 func connected() Status { return newStatus(observedPeer(func(*mesh.Peer) {})) }
 
+func outcast(s Status) Status {
+	s.Report = &reconcile.Report{Forgotten: true}
+	return s
+}
+
 const head = `
 node       a, 3 pods, prefixes 10.244.1.0/24
 interface  wgcni0, UDP port 51820, MTU 1440, public key AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=
 helper     running
 registry   file:/srv/shared/mesh.json
+seal       none: whoever can write to the registry is trusted; see ` + "`wgcnid secret --help`" + `
 dropped    0 plaintext packets on their way out, 0 on their way in
 
 `
@@ -66,9 +75,11 @@ b     192.0.2.2:51820  42s ago    1.00 MiB  1.50 KiB  10.244.2.0/24  connected
 `
 
 func TestPrintStatus(t *testing.T) {
-	const encrypted = "Pod traffic to all 1 other nodes is encrypted; nothing leaves in the clear.\n"
+	const encrypted = "Pod traffic to the other node is encrypted; nothing leaves in the clear.\n"
+	const rejoins = " To join again, stop wgcnid, run `wgcnid leave --purge` and start it.\n"
 	preferred := exampleConfig
 	preferred.Encryption = mesh.Preferred
+	long := now.Add(-time.Hour)
 	for _, tt := range []struct {
 		name   string
 		config config.Config
@@ -77,6 +88,12 @@ func TestPrintStatus(t *testing.T) {
 		want   string
 	}{
 		{"connected", exampleConfig, connected, true, encrypted + head + connectedTable},
+		{"two peers", exampleConfig, func() Status {
+			s := connected()
+			s.Peers = append(s.Peers, PeerStatus{Name: "c", State: stateWaiting})
+			return s
+		}, true, "Pod traffic to all 2 other nodes is encrypted; nothing leaves in the clear.\n" + head + connectedTable +
+			"c     -                never      0 B       0 B       none           no handshake\n"},
 		{"no peers", exampleConfig, func() Status {
 			s := newStatus()
 			s.Peers = []PeerStatus{}
@@ -117,25 +134,81 @@ pending: wg set wgcni0 peer x
 		}, true, encrypted + strings.Replace(head, "running", "NOT running: traffic flows, changes are not followed", 1) + connectedTable},
 		{"registry away", exampleConfig, func() Status {
 			s := connected()
-			s.Report = &reconcile.Report{RegistryError: "no such folder", RegistrySince: now.Add(-time.Hour)}
+			s.Report = &reconcile.Report{RegistryError: "no such folder\nno wonder", RegistrySince: long, PublishError: "no such folder", PublishSince: long}
 			return s
-		}, true, encrypted + strings.Replace(head, "mesh.json", "mesh.json, away since 2026-01-02 02:04:05: no such folder", 1) + connectedTable},
-		{"conflicts", exampleConfig, func() Status {
+		}, true, encrypted + strings.Replace(head, "mesh.json", "mesh.json, away since 2026-01-02 02:04:05: no such folder; no wonder", 1) + connectedTable},
+		{"registry away, as the helper saw it last", exampleConfig, func() Status {
+			s := connected()
+			s.Helper = false
+			s.Report = &reconcile.Report{At: now.Add(-time.Minute), RegistryError: "no such folder", RegistrySince: long}
+			return s
+		}, true, encrypted + strings.NewReplacer(
+			"running", "NOT running: traffic flows, changes are not followed",
+			"mesh.json", "mesh.json, away since 2026-01-02 02:04:05: no such folder (as wgcnid saw it last, at 2026-01-02 03:03:05)",
+		).Replace(head) + connectedTable},
+		{"registry full", exampleConfig, func() Status {
+			s := connected()
+			s.Report = &reconcile.Report{PublishError: "no space left on device", PublishSince: long}
+			return s
+		}, true, encrypted + strings.Replace(head, "mesh.json", "mesh.json, refuses this node's record since 2026-01-02 02:04:05: no space left on device", 1) + connectedTable},
+		{"what the helper found", exampleConfig, func() Status {
 			s := connected()
 			s.Dropped.Out.Packets, s.Dropped.In.Packets = 7, 1
 			s.Report = &reconcile.Report{
+				At: now, Error: "wg set: busy\nip route: busy", SecretsError: "cluster secret: gone", Rival: true,
 				Conflicts: []mesh.Conflict{{Node: "c", What: "10.244.2.0/25", Reason: "b has held 10.244.2.0/24 longer"}},
-				Invalid:   []string{"d: revision: 0"}, Rival: true,
+				Refused: []reconcile.Refusal{
+					{Node: "d", Kind: reconcile.KindMalformed, Reason: "record d: revision: 0", Since: long},
+					{Node: "e", Kind: reconcile.KindForged, Reason: "record e: \x1b[2J\u202e", Since: now},
+				},
+				RefusedTotal: map[string]uint64{reconcile.KindReplayed: 3, reconcile.KindForged: 1, reconcile.KindMalformed: 1},
 			}
 			return s
 		}, true, encrypted + strings.Replace(head, "0 plaintext packets on their way out, 0", "7 plaintext packets on their way out, 1", 1) + connectedTable +
-			`conflict: c: 10.244.2.0/25 refused: b has held 10.244.2.0/24 longer
-invalid record: d: revision: 0
+			`the last pass failed: wg set: busy; ip route: busy
+conflict: c: 10.244.2.0/25 refused: b has held 10.244.2.0/24 longer
 conflict: another node publishes as a: set "nodeName" so that each node has its own
+refused since 2026-01-02 02:04:05: record d: revision: 0
+refused since 2026-01-02 03:04:05: record e: \u001b[2J\u202e
+refused in all since wgcnid's start: 1 forged, 1 malformed, 3 replayed
+wgcnid goes on with the secrets that it read last: cluster secret: gone
 `},
+		{"what the helper found last", exampleConfig, func() Status {
+			s := connected()
+			s.Helper = false
+			s.Report = &reconcile.Report{At: long, SecretsError: "cluster secret: gone", RefusedTotal: map[string]uint64{reconcile.KindForged: 1}}
+			return s
+		}, true, encrypted + strings.Replace(head, "running", "NOT running: traffic flows, changes are not followed", 1) + connectedTable +
+			`As wgcnid saw it last, at 2026-01-02 02:04:05:
+refused in all since wgcnid's start: 1 forged
+`},
+		{"a flood of refused records", exampleConfig, func() Status {
+			s := connected()
+			s.Report = &reconcile.Report{}
+			for range manyRefused + 5000 {
+				s.Report.Refused = append(s.Report.Refused, reconcile.Refusal{Reason: "record x: " + strings.Repeat("9", 1<<10), Since: now})
+			}
+			return s
+		}, true, encrypted + head + connectedTable +
+			strings.Repeat("refused since 2026-01-02 03:04:05: record x: "+strings.Repeat("9", 555)+"...\n", manyRefused) +
+			"refused: 5000 records more; `wgcnid nodes` lists all\n"},
 		{
 			"preferred", preferred, connected, true,
-			"Pod traffic to 1 joined nodes is encrypted; to all others it flows in the clear (encryption is \"preferred\").\n" + head + connectedTable,
+			"Pod traffic to the other node of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").\n" + head + connectedTable,
+		},
+		{"preferred, no peers", preferred, func() Status {
+			s := newStatus()
+			s.Peers = nil
+			return s
+		}, true, "No other node has joined yet; pod traffic to other nodes flows in the clear (encryption is \"preferred\").\n" + head +
+			"PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE\n"},
+		{
+			"forgotten", exampleConfig, func() Status { return outcast(connected()) }, false,
+			"Pod traffic to other nodes is dropped: the mesh has forgotten this node and revoked its key." + rejoins + head + connectedTable,
+		},
+		{
+			"forgotten, preferred", preferred, func() Status { return outcast(connected()) }, false,
+			"Pod traffic is NOT encrypted: the mesh has forgotten this node and revoked its key." + rejoins + head + connectedTable,
 		},
 		{"not joined", exampleConfig, func() Status {
 			s := newStatus()
@@ -146,6 +219,7 @@ conflict: another node publishes as a: set "nodeName" so that each node has its 
 node       a, 3 pods, prefixes none
 helper     NOT running: traffic flows, changes are not followed
 registry   file:/srv/shared/mesh.json
+seal       none: whoever can write to the registry is trusted; see ` + "`wgcnid secret --help`" + `
 dropped    0 plaintext packets on their way out, 0 on their way in
 
 PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE
@@ -154,7 +228,8 @@ PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE
 		t.Run(tt.name, func(t *testing.T) {
 			s := tt.status()
 			s.Encryption = tt.config.Encryption
-			s.OK, s.Verdict = verdict(s, tt.config)
+			forgotten := s.Report != nil && s.Report.Forgotten
+			s.OK, s.Verdict = verdict(s, tt.config, forgotten)
 			var b strings.Builder
 			if err := printStatus(&b, s, false); err != nil {
 				t.Fatal(err)
@@ -177,12 +252,12 @@ func TestVerdictWithoutInterface(t *testing.T) {
 	} {
 		c, s := exampleConfig, connected()
 		c.Encryption, s.Interface = encryption, nil
-		if ok, got := verdict(s, c); ok || got != want {
+		if ok, got := verdict(s, c, false); ok || got != want {
 			t.Errorf("%v: ok %v, %q, want %q", encryption, ok, got, want)
 		}
 		s.PublicKey = ""
 		want, _, _ = strings.Cut(want, ":")
-		if ok, got := verdict(s, c); ok || got != want+": this node has not joined yet. Start wgcnid." {
+		if ok, got := verdict(s, c, false); ok || got != want+": this node has not joined yet. Start wgcnid." {
 			t.Errorf("%v, not joined: ok %v, %q", encryption, ok, got)
 		}
 	}
@@ -219,14 +294,21 @@ func TestStatusJSON(t *testing.T) {
 	s := connected()
 	s.PublicKey = private.Public().String()
 	s.Pending = []string{mesh.ConfigureLink{Link: mesh.Link{Name: "wgcni0", PublicKey: private.Public()}}.String()}
-	s.Report = &reconcile.Report{At: now, Conflicts: []mesh.Conflict{{Node: "c"}}}
+	s.Report = &reconcile.Report{At: now, Conflicts: []mesh.Conflict{{Node: "c"}}, Refused: []reconcile.Refusal{{Node: hostile}}}
+	trust := registrytest.Secrets(t, 1)
+	s.Seal = sealStatus(trust, nil, registry.Snapshot{})
 	var out bytes.Buffer
 	if err := printStatus(&out, s, true); err != nil {
 		t.Fatal(err)
 	}
 	text := out.String()
-	if strings.Contains(text, private.Reveal().String()) {
-		t.Error("the private key is printed")
+	if strings.Contains(text, private.Reveal().String()) || strings.Contains(text, trust.Secrets[0].Reveal()) {
+		t.Error("a secret is printed")
+	}
+	for _, r := range text {
+		if r != '\n' && !unicode.IsPrint(r) {
+			t.Errorf("%U is printed", r)
+		}
 	}
 	if !strings.Contains(text, s.PublicKey) || !strings.Contains(text, "(hidden)") {
 		t.Errorf("no public key, or no sign of a hidden one:\n%s", text)
@@ -240,10 +322,12 @@ func TestStatusJSON(t *testing.T) {
 		value any
 		want  string
 	}{
-		{"status", top, "encryption helperRunning interface node ok peers pending plaintextDropped pods prefixes publicKey registry report time verdict"},
-		{"peer", top["peers"].([]any)[0], "allowedIPs endpoint lastHandshake name publicKey receiveBytes state transmitBytes"},
+		{"status", top, "encryption helperRunning interface node ok peers pending plaintextDropped pods prefixes publicKey registry report seal time verdict"},
+		{"peer", top["peers"].([]any)[0], "allowedIPs endpoint lastHandshake name presharedKey publicKey receiveBytes state transmitBytes"},
 		{"interface", top["interface"], "listenPort mtu name up"},
-		{"report", top["report"], "at conflicts"},
+		{"report", top["report"], "at conflicts refused"},
+		{"refused record", top["report"].(map[string]any)["refused"].([]any)[0], "kind node reason since"},
+		{"seal", top["seal"], "accepted acceptsUnsealed sealedBy unsealed"},
 		{"plaintextDropped", top["plaintextDropped"], "in out"},
 	} {
 		keys := slices.Sorted(maps.Keys(tt.value.(map[string]any)))
@@ -259,7 +343,7 @@ func TestStatusJSONOfNothing(t *testing.T) {
 	if err := printStatus(&out, Status{Peers: peerStatuses(reconcile.Outcome{}, now)}, true); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`"peers": []`, `"interface": null`, `"encryption": "required"`} {
+	for _, want := range []string{`"peers": []`, `"interface": null`, `"seal": null`, `"encryption": "required"`} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %s in\n%s", want, &out)
 		}

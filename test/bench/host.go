@@ -13,6 +13,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/wgcni/wgcni/pkg/kernel/userspace"
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
@@ -29,43 +30,75 @@ const clusterCIDR = "10.0.0.0/8"
 // host is a node that runs wgcnid, and on which plugins are timed.
 type host struct {
 	*cluster.Node
-	bin    string
-	timer  *timer
-	helper []int          // wgcnid's processes: the helper, and a userspace tunnel
-	stanza map[string]any // of wgcni
+	bin     string
+	process *cluster.Process
+	timer   *timer
+	helper  []int          // wgcnid's processes: the helper, and a userspace tunnel
+	stanza  map[string]any // of wgcni
 }
 
-// newHost makes a node a mesh of its own, with as many peers as the registry
-// file then has, and waits until its kernel holds the plan.
+// newHost makes a node a mesh of its own, with this many peers in a registry
+// file, and waits until its kernel holds the plan.
 func newHost(ctx context.Context, c *cluster.Cluster, n *cluster.Node, peers int) (*host, error) {
-	h := &host{Node: n, bin: c.BinDir, stanza: map[string]any{
-		"clusterCIDRs": []string{clusterCIDR, "fd00:244::/32"},
-		"registry":     map[string]any{"type": "file", "path": filepath.Join(c.Shared, n.Name+".json")},
-	}}
-	if err := writeRegistry(filepath.Join(c.Shared, n.Name+".json"), peers); err != nil {
+	path := filepath.Join(c.Shared, n.Name+".json")
+	if err := writeRegistry(path, peers); err != nil {
 		return nil, err
 	}
-	if err := h.writeNetworks(); err != nil {
-		return nil, err
-	}
-	process, err := n.StartHelper()
+	h, err := startHost(c, n, inFile(path).registry())
 	if err != nil {
 		return nil, err
 	}
-	if err := h.awaitPeers(ctx, peers); err != nil {
-		return nil, fmt.Errorf("%w; log of wgcnid:\n%.4000s", err, process.Log)
+	return h, h.join(ctx, peers)
+}
+
+// startHost starts wgcnid on a node. What it does then is join's to wait for.
+func startHost(c *cluster.Cluster, n *cluster.Node, registry map[string]any) (*host, error) {
+	h := &host{Node: n, bin: c.BinDir, stanza: map[string]any{
+		"clusterCIDRs": []string{clusterCIDR, "fd00:244::/32"},
+		"registry":     registry,
+	}}
+	if err := h.writeNetworks(); err != nil {
+		return nil, err
 	}
+	var err error
+	h.process, err = n.StartHelper()
+	return h, err
+}
+
+// join waits until the host has its peers and its kernel holds the plan, and
+// makes it ready for timing.
+func (h *host) join(ctx context.Context, peers int) error {
+	if err := awaitPeers(ctx, h.Node, peers); err != nil {
+		return fmt.Errorf("%w; log of wgcnid:\n%.4000s", err, h.process.Log)
+	}
+	helper, tunnel, err := findWgcnid(h.Node)
+	if err != nil {
+		return err
+	}
+	if h.helper = []int{helper}; tunnel != 0 {
+		h.helper = append(h.helper, tunnel)
+	}
+	h.timer, err = startTimer(ctx, h.Node)
+	return err
+}
+
+// findWgcnid returns the processes of a node's helper, and of its userspace
+// tunnel, 0 where the kernel has WireGuard.
+func findWgcnid(n *cluster.Node) (helper, tunnel int, err error) {
 	found, err := n.FindProcesses("wgcnid")
 	for _, p := range found {
-		if filepath.Base(p.Args[0]) == "wgcnid" { // and not nsenter
-			h.helper = append(h.helper, p.HostPID)
+		switch {
+		case filepath.Base(p.Args[0]) != "wgcnid" || len(p.Args) < 2: // such as nsenter
+		case p.Args[1] == "run":
+			helper = p.HostPID
+		case p.Args[1] == userspace.Command:
+			tunnel = p.HostPID
 		}
 	}
-	if err != nil || len(h.helper) == 0 {
-		return nil, errors.Join(err, fmt.Errorf("find wgcnid on %s: no such process", n))
+	if err != nil || helper == 0 {
+		return 0, 0, errors.Join(err, fmt.Errorf("find wgcnid on %s: no such process", n))
 	}
-	h.timer, err = startTimer(ctx, n)
-	return h, err
+	return helper, tunnel, nil
 }
 
 // writeNetworks writes wgcnid's configuration and the networks of the pods.
@@ -102,11 +135,11 @@ func (h *host) writeNetworks() error {
 // joinTimeout bounds a join with thousands of peers on a busy machine.
 const joinTimeout = 2 * time.Minute
 
-func (h *host) awaitPeers(ctx context.Context, peers int) error {
+func awaitPeers(ctx context.Context, n *cluster.Node, peers int) error {
 	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
 	defer cancel()
-	return cluster.Poll(ctx, fmt.Sprintf("%s to hold %d peers", h.Name, peers), func() error {
-		s, err := h.Status(ctx)
+	return cluster.Poll(ctx, fmt.Sprintf("%s to hold %d peers", n, peers), func() error {
+		s, err := n.Status(ctx)
 		switch {
 		case err != nil:
 			return err
@@ -180,6 +213,28 @@ func cpuTime(pid int) (time.Duration, error) {
 		sum += time.Duration(n)
 	}
 	return sum, nil
+}
+
+// memory reads one of the figures of proc_pid_status(5) that are given in kB, in bytes.
+func memory(pid int, field string) (int64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, fmt.Errorf("read the memory of process %d: %w", pid, err)
+	}
+	return parseMemory(string(text), field)
+}
+
+func parseMemory(status, field string) (int64, error) {
+	for line := range strings.Lines(status) {
+		if value, ok := strings.CutPrefix(line, field+":"); ok {
+			n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("read %s: %w", field, err)
+			}
+			return n << 10, nil
+		}
+	}
+	return 0, fmt.Errorf("read %s: there is none", field)
 }
 
 // underlayMTU is the MTU that the primary plugin gives to a pod's link, in bytes.

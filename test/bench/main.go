@@ -31,6 +31,8 @@ var benches = []struct {
 }{
 	{"verbs", benchVerbs},
 	{"scale", benchScale},
+	{"announce", benchAnnounce},
+	{"mesh", benchMesh},
 	{"throughput", benchThroughput},
 }
 

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
@@ -24,7 +25,8 @@ type subject struct {
 	fresh   bool
 
 	pod      *cluster.Pod
-	result   string // of the last ADD: the prevResult of DEL
+	result   string        // of the last ADD: the prevResult of DEL
+	ended    time.Duration // when the last verb had; see monotonic
 	add, del verb
 	helper   samples // CPU time of wgcnid during and after each verb, in seconds
 }
@@ -118,6 +120,7 @@ func (s *subject) time(command, prevResult string) (timing, error) {
 	if err != nil {
 		return t, fmt.Errorf("%s %s: %w", s.name, command, err)
 	}
+	s.ended = t.Ended
 	return t, nil
 }
 

@@ -37,24 +37,61 @@ type row struct {
 	what   string
 	median string
 	p90    string
+	p99    string
+	time   string
+	memory string
+	writes string
 	cpu    string
 	ratio  float64 // 0: none
 	to     string  // what the ratio refers to
 	budget budget
 }
 
+// figure is what a row has in a column of figures.
+func (r row) figure(column string) string {
+	switch column {
+	case "median":
+		return r.median
+	case "time":
+		return r.time
+	case "p90":
+		return r.p90
+	case "p99":
+		return r.p99
+	case "memory":
+		return r.memory
+	case "writes":
+		return r.writes
+	case "cpu":
+		return r.cpu
+	}
+	panic("no column " + column)
+}
+
 // section is a part of the table with a heading of its own.
 type section struct {
-	title string
-	rows  []row
-	notes []string
+	title   string
+	figures [3]string // optional: the columns of figures; median, p90 and cpu by default
+	rows    []row
+	notes   []string
+}
+
+func (s section) columns() [3]string {
+	if s.figures == [3]string{} {
+		return [3]string{"median", "p90", "cpu"}
+	}
+	return s.figures
 }
 
 func (r row) missed() bool {
 	return r.budget != budget{} && strings.HasSuffix(r.budget.verdict(r.ratio), "MISSED")
 }
 
-func (r row) cells() []string {
+func (r row) cells(figures [3]string) []string {
+	cells := []string{r.what}
+	for _, column := range figures {
+		cells = append(cells, r.figure(column))
+	}
 	var ratio, verdict string
 	if r.ratio != 0 {
 		ratio = fmt.Sprintf("%.2f", r.ratio)
@@ -62,14 +99,15 @@ func (r row) cells() []string {
 	if r.budget != (budget{}) {
 		verdict = r.budget.verdict(r.ratio)
 	}
-	return []string{r.what, r.median, r.p90, r.cpu, ratio, r.to, verdict}
+	return append(cells, ratio, r.to, verdict)
 }
 
 // leftColumns are those of words; the others are figures.
 var leftColumns = map[int]bool{0: true, 5: true, 6: true}
 
 func heading(s section) []string {
-	return []string{s.title, "median", "p90", "cpu", "ratio", "to", "budget"}
+	f := s.columns()
+	return []string{s.title, f[0], f[1], f[2], "ratio", "to", "budget"}
 }
 
 // text prints the sections as one table, aligned over all of them.
@@ -110,7 +148,7 @@ func text(sections []section) string {
 func cellsOf(s section) [][]string {
 	var out [][]string
 	for _, r := range s.rows {
-		cells := r.cells()
+		cells := r.cells(s.columns())
 		cells[0] = "  " + cells[0]
 		out = append(out, cells)
 	}
@@ -132,7 +170,7 @@ func markdown(sections []section) string {
 		}
 		line(rule)
 		for _, r := range s.rows {
-			line(r.cells())
+			line(r.cells(s.columns()))
 		}
 		b.WriteByte('\n')
 		for _, n := range s.notes {

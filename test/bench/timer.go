@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
@@ -30,6 +32,7 @@ type execution struct {
 // timing is what one process has cost.
 type timing struct {
 	Elapsed time.Duration // from its start until it has ended and its output is read
+	Ended   time.Duration // when that was; see monotonic
 	CPU     time.Duration // with that of its children
 	Stdout  string
 	Failure string // empty: it exited with 0
@@ -59,7 +62,7 @@ func execute(e execution) timing {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(e.Stdin), &stdout, &stderr
 	start := time.Now()
 	err := cmd.Run()
-	t := timing{Elapsed: time.Since(start), Stdout: stdout.String()}
+	t := timing{Elapsed: time.Since(start), Ended: monotonic(), Stdout: stdout.String()}
 	if cmd.ProcessState != nil {
 		t.CPU = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
 	}
@@ -67,6 +70,16 @@ func execute(e execution) timing {
 		t.Failure = fmt.Sprintf("%v: %s%s", err, stdout.String(), stderr.String())
 	}
 	return t
+}
+
+// monotonic reads the one clock that all processes of a machine share and nobody
+// sets (CLOCK_MONOTONIC, clock_gettime(2)).
+func monotonic() time.Duration {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		panic(err) // a clock that every Linux has
+	}
+	return time.Duration(now.Nano())
 }
 
 // timer is the harness's side of a node's timer.

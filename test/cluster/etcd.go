@@ -2,10 +2,13 @@ package cluster
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -14,14 +17,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Etcd is a real etcd, of one member or several, on the underlay: every node
-// reaches it at the gateway's address.
+// EtcdOptions describe an etcd. The zero value is one member that anybody may
+// use, unencrypted.
+type EtcdOptions struct {
+	Members int      // optional: how many; 1 by default
+	Flags   []string // optional: more of etcd's own, for every member
+	// CAFile, CertFile and KeyFile are optional, all or none. With them clients
+	// must come by TLS, and show a certificate of this CA as each member does.
+	CAFile, CertFile, KeyFile string
+}
+
+// Etcd is a real etcd on the underlay: every node reaches it at the gateway's
+// address.
 type Etcd struct {
 	Members []*EtcdMember
 
 	cluster *Cluster
-	flags   []string
-	era     int // grows when its data are given up, so that members of before are strangers
+	options EtcdOptions
+	root    string // the password of its user root; empty without authentication
+	era     int    // grows when its data are given up, so that members of before are strangers
 }
 
 // EtcdMember is one server process. While it is stopped Process is nil.
@@ -34,11 +48,10 @@ type EtcdMember struct {
 	peer   netip.AddrPort
 }
 
-// StartEtcd starts an etcd and waits until it is healthy. The flags are etcd's,
-// and given to every member. It ends with the cluster.
-func (c *Cluster) StartEtcd(ctx context.Context, members int, flags ...string) (*Etcd, error) {
-	e := &Etcd{cluster: c, flags: flags}
-	for i := range members {
+// StartEtcd starts an etcd and waits until it is healthy. It ends with the cluster.
+func (c *Cluster) StartEtcd(ctx context.Context, o EtcdOptions) (*Etcd, error) {
+	e := &Etcd{cluster: c, options: o}
+	for i := range max(o.Members, 1) {
 		e.Members = append(e.Members, &EtcdMember{
 			etcd: e, index: i,
 			client: netip.AddrPortFrom(Gateway4, uint16(2379+2*i)),
@@ -67,23 +80,27 @@ func (e *Etcd) Kill() error {
 	return errors.Join(errs...)
 }
 
-// Wipe gives up all that a killed etcd has stored.
+// Wipe gives up all that a killed etcd has stored, its users as well.
 func (e *Etcd) Wipe() error {
 	e.era++
+	e.root = ""
 	return os.RemoveAll(e.folder())
 }
 
 // Backup writes what is stored to a file, as `etcdctl snapshot save` does.
 func (e *Etcd) Backup(ctx context.Context, file string) error {
-	_, err := e.ctl(ctx, e.Members[0].URL(), "snapshot", "save", file)
+	_, err := output(e.ctl(ctx, "", e.Endpoints()[:1], "snapshot", "save", file))
 	return err
 }
 
-// Restore gives a killed etcd what a backup holds, as `etcdutl snapshot restore` does.
+// Restore gives a killed etcd what a backup holds, as `etcdutl snapshot restore`
+// does. The backup must be of a time when authentication was on, or off, as now.
 func (e *Etcd) Restore(ctx context.Context, file string) error {
+	root := e.root
 	if err := e.Wipe(); err != nil {
 		return err
 	}
+	e.root = root
 	for _, m := range e.Members {
 		_, err := e.cluster.Underlay.Run(ctx, filepath.Join(e.cluster.BinDir, "etcdutl"), "snapshot", "restore", file,
 			"--data-dir", m.folder(), "--name", m.name(), "--initial-cluster", e.initial(),
@@ -103,18 +120,96 @@ func (e *Etcd) Endpoints() (urls []string) {
 	return urls
 }
 
-// Registry is the "registry" of a stanza that uses this etcd.
-func (e *Etcd) Registry() map[string]any {
-	return map[string]any{"type": "etcd", "endpoints": e.Endpoints()}
+// Registry is the "registry" of a stanza that uses this etcd, with more of its
+// keys if there are any.
+func (e *Etcd) Registry(more map[string]any) map[string]any {
+	r := map[string]any{"type": "etcd", "endpoints": e.Endpoints()}
+	maps.Copy(r, more)
+	return r
 }
 
-// Ctl runs etcdctl against all members.
+// EnableAuth makes etcd ask everybody for a user. From then on [Etcd.Ctl] is root.
+func (e *Etcd) EnableAuth(ctx context.Context) error {
+	const password = "root's password"
+	for _, args := range [][]string{{"user", "add", "root:" + password}, {"user", "grant-role", "root", "root"}, {"auth", "enable"}} {
+		if _, err := e.Ctl(ctx, args...); err != nil {
+			return err
+		}
+	}
+	e.root = password
+	return nil
+}
+
+// AddUser adds a user that may do nothing until [Etcd.Grant].
+func (e *Etcd) AddUser(ctx context.Context, name, password string) error {
+	for _, args := range [][]string{{"user", "add", name + ":" + password}, {"role", "add", name}, {"user", "grant-role", name, name}} {
+		if _, err := e.Ctl(ctx, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Grant lets a user read or readwrite the keys with a prefix. It takes the
+// place of what the user was allowed to do with the same prefix.
+func (e *Etcd) Grant(ctx context.Context, user, permission, prefix string) error {
+	_, err := e.Ctl(ctx, "role", "grant-permission", user, permission, prefix, "--prefix")
+	return err
+}
+
+// Fill writes until etcd is out of space, which is soon with a small
+// --quota-backend-bytes. Other writers are then refused as well.
+func (e *Etcd) Fill(ctx context.Context) error {
+	value := strings.Repeat("x", 1<<20)
+	for i := 0; ; i++ {
+		_, err := output(e.ctl(ctx, value, e.Endpoints(), "put", fillPrefix+strconv.Itoa(i)))
+		if err != nil && strings.Contains(err.Error(), "database space exceeded") {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// Free undoes Fill, by what etcd's manual tells to do:
+// https://etcd.io/docs/v3.6/op-guide/maintenance/#space-quota
+func (e *Etcd) Free(ctx context.Context) error {
+	out, err := e.Ctl(ctx, "del", fillPrefix, "--prefix", "--write-out", "json")
+	if err != nil {
+		return err
+	}
+	var deleted struct{ Header struct{ Revision int64 } }
+	if err := json.Unmarshal([]byte(out), &deleted); err != nil {
+		return fmt.Errorf("etcdctl printed %s: %w", out, err)
+	}
+	for _, args := range [][]string{{"compact", strconv.FormatInt(deleted.Header.Revision, 10), "--physical"}, {"defrag"}, {"alarm", "disarm"}} {
+		if _, err := e.Ctl(ctx, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const fillPrefix = "/fill/"
+
+// Ctl runs etcdctl against all members, as somebody who may do everything, and
+// returns what it printed.
 func (e *Etcd) Ctl(ctx context.Context, args ...string) (string, error) {
-	return e.ctl(ctx, strings.Join(e.Endpoints(), ","), args...)
+	return output(e.ctl(ctx, "", e.Endpoints(), args...))
 }
 
-func (e *Etcd) ctl(ctx context.Context, endpoints string, args ...string) (string, error) {
-	return e.cluster.Underlay.Run(ctx, filepath.Join(e.cluster.BinDir, "etcdctl"), append([]string{"--endpoints", endpoints, "--dial-timeout", "2s", "--command-timeout", "5s"}, args...)...)
+func (e *Etcd) ctl(ctx context.Context, stdin string, endpoints []string, args ...string) *exec.Cmd {
+	flags := []string{"--endpoints", strings.Join(endpoints, ","), "--dial-timeout", "2s", "--command-timeout", "5s"}
+	if o := e.options; o.CAFile != "" {
+		flags = append(flags, "--cacert", o.CAFile, "--cert", o.CertFile, "--key", o.KeyFile)
+	}
+	if e.root != "" {
+		flags = append(flags, "--user", "root", "--password", e.root)
+	}
+	cmd := e.cluster.Underlay.Command(ctx, filepath.Join(e.cluster.BinDir, "etcdctl"), append(flags, args...)...)
+	cmd.Stdin = strings.NewReader(stdin)
+	return cmd
 }
 
 // AwaitHealthy waits until every running member answers a linearizable read.
@@ -131,7 +226,7 @@ func (e *Etcd) AwaitHealthy(ctx context.Context) error {
 				return fmt.Errorf("etcd has ended:\n%s", m.Log)
 			default:
 			}
-			_, err := e.ctl(ctx, m.URL(), "get", "health")
+			_, err := output(e.ctl(ctx, "", []string{m.URL()}, "get", "health"))
 			return err
 		})
 		if err != nil {
@@ -154,7 +249,12 @@ func (e *Etcd) initial() string {
 }
 
 // URL is where clients reach the member.
-func (m *EtcdMember) URL() string { return "http://" + m.client.String() }
+func (m *EtcdMember) URL() string {
+	if m.etcd.options.CAFile != "" {
+		return "https://" + m.client.String()
+	}
+	return "http://" + m.client.String()
+}
 
 func (m *EtcdMember) name() string { return "member-" + strconv.Itoa(m.index) }
 
@@ -172,7 +272,10 @@ func (m *EtcdMember) Start() (err error) {
 		"--listen-peer-urls", "http://" + m.peer.String(), "--initial-advertise-peer-urls", "http://" + m.peer.String(),
 		"--initial-cluster", e.initial(), "--initial-cluster-token", e.token(),
 		"--log-level", "warn",
-	}, e.flags...)
+	}, e.options.Flags...)
+	if o := e.options; o.CAFile != "" {
+		args = append(args, "--client-cert-auth", "--trusted-ca-file", o.CAFile, "--cert-file", o.CertFile, "--key-file", o.KeyFile)
+	}
 	m.Process, err = e.cluster.Underlay.Start(filepath.Join(e.cluster.BinDir, "etcd"), args...)
 	return err
 }
@@ -187,8 +290,17 @@ func (m *EtcdMember) Kill() error {
 	return err
 }
 
-// Pause stops the member where it is, as a disk that hangs does. Resume lets it go on.
-func (m *EtcdMember) Pause(ctx context.Context) error { return m.Signal(ctx, unix.SIGSTOP) }
+// Pause stops the member where it is, as a disk that hangs does.
+func (m *EtcdMember) Pause() error { return m.signalGroup(unix.SIGSTOP) }
 
 // Resume lets a paused member go on.
-func (m *EtcdMember) Resume(ctx context.Context) error { return m.Signal(ctx, unix.SIGCONT) }
+func (m *EtcdMember) Resume() error { return m.signalGroup(unix.SIGCONT) }
+
+// signalGroup signals nsenter as well, which stops when its child does and would
+// not go on by itself (util-linux, sys-utils/nsenter.c, continue_as_child).
+func (m *EtcdMember) signalGroup(sig unix.Signal) error {
+	if err := unix.Kill(-m.cmd.Process.Pid, sig); err != nil {
+		return fmt.Errorf("send %v to etcd member %s: %w", sig, m.URL(), err)
+	}
+	return nil
+}

@@ -10,10 +10,15 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/wgcni/wgcni/pkg/reconcile"
 )
 
 // NetworkName is that of the networks in conflist/.
 const NetworkName = "pods"
+
+// SecretFile is where Configure writes a cluster's secrets on each node.
+const SecretFile = "/etc/wgcni/secret"
 
 // ConflistFile is where Configure writes a node's conflist, in [ConfDir].
 const ConflistFile = "10-pods.conflist"
@@ -25,6 +30,7 @@ type NetworkOptions struct {
 	CNIVersion string         // optional
 	Stanza     map[string]any // optional: keys of the wgcni entry to set; nil values delete
 	Plain      bool           // leave the wgcni entry out
+	Secrets    []string       // optional: the cluster's secrets, which Configure writes to SecretFile
 	Primary    map[string]any // optional: keys of the primary's entry to set
 	Chain      []any          // optional: more entries behind wgcni
 }
@@ -69,6 +75,9 @@ func (n *Node) Conflist(o NetworkOptions) (string, error) {
 	set(entries[0], o.Primary)
 	ours := entries[len(entries)-1]
 	set(ours, map[string]any{"registry": map[string]any{"type": "file", "path": n.cluster.RegistryFile()}})
+	if len(o.Secrets) > 0 {
+		set(ours, map[string]any{"clusterSecretFile": SecretFile})
+	}
 	set(ours, o.Stanza)
 	if o.Plain {
 		entries = entries[:len(entries)-1]
@@ -89,13 +98,30 @@ func set(entry any, keys map[string]any) {
 	}
 }
 
-// Configure writes the node's conflist.
+// Configure writes the node's conflist, and its secrets if there are any. A
+// helper that runs reads the old files or the new ones.
 func (n *Node) Configure(o NetworkOptions) error {
 	text, err := n.Conflist(o)
 	if err != nil {
 		return err
 	}
-	return n.WriteConflist(ConflistFile, text)
+	if len(o.Secrets) > 0 {
+		if err := n.replaceFile(SecretFile, strings.Join(o.Secrets, "\n")+"\n", 0o600); err != nil {
+			return err
+		}
+	}
+	return n.replaceFile(filepath.Join(ConfDir, ConflistFile), text, 0o644)
+}
+
+// replaceFile writes a file aside and renames it.
+func (n *Node) replaceFile(p, content string, perm os.FileMode) error {
+	if err := n.WriteFile(p+".new", content, perm); err != nil {
+		return err
+	}
+	if err := os.Rename(n.Path(p+".new"), n.Path(p)); err != nil {
+		return fmt.Errorf("machine %s: %w", n.Name, err)
+	}
+	return nil
 }
 
 // Wgcnid runs a command of the helper's command line on the node and returns its output.
@@ -116,17 +142,25 @@ type Status struct {
 	Helper  bool     `json:"helperRunning"`
 	Pods    int      `json:"pods"`
 	Pending []string `json:"pending"`
-	Peers   []struct {
-		Name       string         `json:"name"`
-		PublicKey  string         `json:"publicKey"`
-		State      string         `json:"state"`
-		Endpoint   netip.AddrPort `json:"endpoint"`
-		AllowedIPs []netip.Prefix `json:"allowedIPs"`
+	Seal    *struct {
+		SealedBy string   `json:"sealedBy"`
+		Accepted []string `json:"accepted"`
+		Unsealed []string `json:"unsealed"`
+	} `json:"seal"`
+	Peers []struct {
+		Name         string         `json:"name"`
+		PublicKey    string         `json:"publicKey"`
+		PresharedKey bool           `json:"presharedKey"`
+		State        string         `json:"state"`
+		Endpoint     netip.AddrPort `json:"endpoint"`
+		AllowedIPs   []netip.Prefix `json:"allowedIPs"`
 	} `json:"peers"`
 	Dropped struct {
 		Out struct{ Packets uint64 } `json:"out"`
 		In  struct{ Packets uint64 } `json:"in"`
 	} `json:"plaintextDropped"`
+	// Report is the helper's last word; nil before its first.
+	Report *reconcile.Report `json:"report"`
 }
 
 // Status asks `wgcnid status --json`.

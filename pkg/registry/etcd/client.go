@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -73,6 +72,12 @@ func (s *Store) drop(c *connection) {
 	}
 }
 
+func (s *Store) dropped(c *connection) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.conn != c
+}
+
 // dial makes a client of the configuration and the files as they are now.
 func (s *Store) dial() (*clientv3.Client, error) {
 	if err := s.cfg.check(); err != nil {
@@ -123,14 +128,14 @@ func (c Config) check() error {
 	if len(c.Endpoints) == 0 {
 		return errors.New("endpoints: none; want etcd's, such as https://192.0.2.1:2379")
 	}
-	encrypted := 0
+	https := 0
 	for _, e := range c.Endpoints {
 		scheme, _, _ := strings.Cut(e, "://")
-		if u, err := url.Parse(e); err == nil && u.User != nil {
-			return errors.New("endpoints: one has a user or password in it; want them in username and passwordFile")
+		if strings.Contains(e, "@") {
+			return errors.New("endpoints: one has a user before an @; want username and passwordFile instead")
 		}
 		if scheme == "https" || scheme == "unixs" {
-			encrypted++
+			https++
 		}
 		// The client would take a plain endpoint at its word, and send the
 		// password unencrypted.
@@ -138,7 +143,7 @@ func (c Config) check() error {
 			return fmt.Errorf("endpoint %s is not encrypted, although there is a caFile or a certFile; want https", e)
 		}
 	}
-	if encrypted != 0 && encrypted != len(c.Endpoints) { // the client goes by the first
+	if https != 0 && https != len(c.Endpoints) { // the client goes by the first
 		return errors.New("endpoints: some are encrypted and some are not; want https for all or for none")
 	}
 	if (c.CertFile == "") != (c.KeyFile == "") {
@@ -148,6 +153,10 @@ func (c Config) check() error {
 		return errors.New("username and passwordFile: one without the other; want both or none")
 	}
 	return nil
+}
+
+func (c Config) encrypted() bool {
+	return c.CAFile != "" || c.CertFile != "" || len(c.Endpoints) > 0 && strings.HasPrefix(c.Endpoints[0], "https:")
 }
 
 // tls returns nil where no file is named. The client's certificate is read again
@@ -214,7 +223,7 @@ func (s *Store) ask(ctx context.Context, r request) error {
 	if len(s.cfg.Endpoints) > 1 {
 		each /= 2
 	}
-	var last error = context.DeadlineExceeded
+	last := context.DeadlineExceeded
 	for pause := 50 * time.Millisecond; patient.Err() == nil; pause = min(2*pause, time.Second) {
 		err := s.askOnce(patient, each, r)
 		if err == nil {
@@ -243,7 +252,7 @@ func (s *Store) askOnce(ctx context.Context, limit time.Duration, r request) err
 }
 
 func (s *Store) attempt(ctx context.Context, r request) error {
-	for again := true; ; again = false {
+	for again := true; ; {
 		c, err := s.connect(ctx)
 		if err != nil {
 			return err
@@ -258,9 +267,11 @@ func (s *Store) attempt(ctx context.Context, r request) error {
 			if !again {
 				return err
 			}
-		// No endpoint is left: nobody loses by a new connection, which reads the
-		// files again and waits for nobody's back-off but ours.
+			again = false
+		case code(err) == codes.Canceled && ctx.Err() == nil && s.dropped(c): // by somebody else
 		case c.client.ActiveConnection().GetState() == connectivity.TransientFailure:
+			// No endpoint is left: nobody loses by a new connection, which reads the
+			// files again and waits for nobody's back-off but ours.
 			s.drop(c)
 			return err
 		default:

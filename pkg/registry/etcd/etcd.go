@@ -13,7 +13,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -88,7 +87,7 @@ func WithTimeout(d time.Duration) Option { return func(s *Store) { s.timeout = d
 func WithProbeInterval(d time.Duration) Option { return func(s *Store) { s.probe = d } }
 
 // WithRelistInterval sets how often a Watch reads all entries even though it
-// heard of every change, 10 min by default.
+// heard of every change, 10 min by default, and as much again for each MiB.
 func WithRelistInterval(d time.Duration) Option { return func(s *Store) { s.relist = d } }
 
 // New returns the registry in the etcd of cfg. It touches nothing yet; what is
@@ -117,9 +116,11 @@ func (s *Store) String() string {
 	shown := make([]string, len(s.cfg.Endpoints))
 	for i, e := range s.cfg.Endpoints {
 		shown[i] = e
-		if u, err := url.Parse(e); err == nil && u.User != nil {
-			u.User = nil // it may hold a password; see Config.check
-			shown[i] = u.String()
+		if at := strings.LastIndex(e, "@"); at >= 0 { // after a password, perhaps; see Config.check
+			scheme, _, found := strings.Cut(e, "://")
+			if shown[i] = e[at+1:]; found {
+				shown[i] = scheme + "://" + shown[i]
+			}
 		}
 	}
 	return "etcd:" + strings.Join(shown, ",") + s.cfg.Prefix

@@ -79,9 +79,11 @@ func (s *Store) explain(err error) error {
 		// Not the caller's deadline, which is for interrupted.
 		return fail(fmt.Sprintf("%s is unreachable: no answer within %v; see that it runs and is not overloaded", name, s.timeout), ErrUnreachable)
 	case code(err) == codes.Unavailable:
-		what, mend := message(err), "see that it runs and that this node can reach it"
+		what, mend := message(err), "see that it runs, that this node can reach it and whether it wants https"
 		if strings.Contains(what, "tls: ") || strings.Contains(what, "x509: ") {
 			mend = "see the endpoints' https, caFile, certFile and keyFile"
+		} else if s.cfg.encrypted() { // who refuses our certificate may just hang up
+			mend = "see that it runs and that this node can reach it, and see caFile, certFile and keyFile"
 		}
 		return fail(fmt.Sprintf("%s is unreachable: %s; %s", name, what, mend), ErrUnreachable, err)
 	default:

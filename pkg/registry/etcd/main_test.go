@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
 	"maps"
 	"net"
 	"runtime"
@@ -108,9 +109,23 @@ func (r *reader) entries(pairs ...string) {
 	r.await(fmt.Sprint(want), func(c registry.Change) bool { return c.Err == nil && maps.Equal(texts(c.Entries), want) })
 }
 
-func (r *reader) failure(want error) error {
+// fails waits for an error that is want, or for any if that is nil, and demands
+// that it say all of parts.
+func (r *reader) fails(want error, parts ...string) {
 	r.t.Helper()
-	return r.await(fmt.Sprint("error ", want), func(c registry.Change) bool { return c.Err != nil && errors.Is(c.Err, want) }).Err
+	got := r.await(fmt.Sprintf("an error that is %v", want), func(c registry.Change) bool {
+		return c.Err != nil && (want == nil || errors.Is(c.Err, want))
+	})
+	says(r.t, got.Err, parts...)
+}
+
+func says(t *testing.T, err error, parts ...string) {
+	t.Helper()
+	for _, part := range parts {
+		if err == nil || !strings.Contains(err.Error(), part) {
+			t.Errorf("error %v; want it to say %q", err, part)
+		}
+	}
 }
 
 // errors are the texts of all errors that were seen.
@@ -185,7 +200,7 @@ func eventually(t *testing.T, what string, done func() bool) {
 	}
 }
 
-// counter counts a store's requests.
+// counter counts a store's requests that were answered.
 type counter struct {
 	mu sync.Mutex
 	n  map[string]int
@@ -204,14 +219,17 @@ func (c *counter) option(s *Store) {
 		} else if ok && r.Limit > 0 {
 			kind = "page"
 		}
+		if err != nil {
+			return err
+		}
 		c.mu.Lock()
 		c.n[kind]++
 		n := c.n[kind]
 		c.mu.Unlock()
-		if err == nil && c.after != nil && kind != "probe" {
-			err = c.after(kind, n)
+		if c.after != nil && kind != "probe" {
+			return c.after(kind, n)
 		}
-		return err
+		return nil
 	}))
 }
 
@@ -254,15 +272,11 @@ var shared struct {
 }
 
 func TestMain(m *testing.M) {
-	code := m.Run()
+	m.Run()
 	if shared.server != nil {
 		if err := shared.server.Close(); err != nil {
-			fmt.Println(err)
-			code = 1
+			log.Fatal(err)
 		}
-	}
-	if code != 0 {
-		panic(fmt.Sprint("exit ", code))
 	}
 }
 

@@ -123,7 +123,7 @@ func (w *watch) follow(ctx context.Context) {
 // and nil when another round is due.
 func (w *watch) round(ctx context.Context) error {
 	if w.listed || w.away {
-		header, err := w.ask(ctx)
+		header, err := w.probe(ctx)
 		if err != nil {
 			return err
 		}
@@ -169,25 +169,25 @@ func (w *watch) tellItems(ctx context.Context) {
 	w.tell(ctx, registry.Change{Entries: w.entries})
 }
 
-// ask is the probe: a linearizable read of a key that need not exist, within
-// what a node may read. While etcd is away it is one attempt, since the pauses
-// between them are follow's.
-func (w *watch) ask(ctx context.Context) (*etcdserverpb.ResponseHeader, error) {
-	var header *etcdserverpb.ResponseHeader
-	probe := func(ctx context.Context, c *clientv3.Client) error {
+// probe is a linearizable read of a key that need not exist, within what a node
+// may read. While etcd is away it is one attempt, since the pauses between them
+// are follow's.
+func (w *watch) probe(ctx context.Context) (header *etcdserverpb.ResponseHeader, err error) {
+	get := func(ctx context.Context, c *clientv3.Client) error {
 		resp, err := c.Get(ctx, w.s.folder, clientv3.WithKeysOnly())
 		if err == nil {
 			header = resp.Header
 		}
 		return err
 	}
-	if !w.away {
-		return header, w.s.ask(ctx, probe)
+	if w.away {
+		if err = w.s.askOnce(ctx, w.s.timeout, get); err != nil {
+			err = w.s.explain(err)
+		}
+	} else {
+		err = w.s.ask(ctx, get)
 	}
-	if err := w.s.askOnce(ctx, w.s.timeout, probe); err != nil {
-		return nil, w.s.explain(err)
-	}
-	return header, nil
+	return header, err
 }
 
 // history is how far one etcd had come: it only ever grows.
@@ -219,6 +219,12 @@ func (w *watch) list(ctx context.Context) (goesOn bool, err error) {
 	w.mu.Unlock()
 	w.bytes, w.entries, w.at, w.listed = l.bytes, nil, l.header.Revision, true
 	return w.history.goesOn(l.header), nil
+}
+
+// relist is how long until all entries are read once more: longer where there
+// are many, since then there also are many who read them.
+func (w *watch) relist() time.Duration {
+	return jitter(w.s.relist*time.Duration(1+w.bytes>>20), 0.1)
 }
 
 func (w *watch) setSteady(steady bool) {
@@ -260,10 +266,10 @@ func (w *watch) stream(ctx context.Context) error {
 	w.away = false
 	w.tellItems(ctx)
 
-	probe := time.NewTimer(jitter(w.s.probe, 0.1))
-	defer probe.Stop()
-	relist := time.NewTimer(jitter(w.s.relist, 0.1))
-	defer relist.Stop()
+	probing := time.NewTimer(jitter(w.s.probe, 0.1))
+	defer probing.Stop()
+	listing := time.NewTimer(w.relist())
+	defer listing.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -278,8 +284,8 @@ func (w *watch) stream(ctx context.Context) error {
 			if !w.listed {
 				return nil
 			}
-		case <-probe.C:
-			header, err := w.ask(ctx)
+		case <-probing.C:
+			header, err := w.probe(ctx)
 			if err != nil {
 				return err
 			}
@@ -288,14 +294,14 @@ func (w *watch) stream(ctx context.Context) error {
 				return nil
 			}
 			w.pause = shortest
-			probe.Reset(jitter(w.s.probe, 0.1))
-		case <-relist.C:
+			probing.Reset(jitter(w.s.probe, 0.1))
+		case <-listing.C:
 			goesOn, err := w.list(ctx)
 			if err != nil || !goesOn { // the stream is that of the history before
 				return err
 			}
 			w.tellItems(ctx)
-			relist.Reset(jitter(w.s.relist, 0.1))
+			listing.Reset(w.relist())
 		}
 	}
 }

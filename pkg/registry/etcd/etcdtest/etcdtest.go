@@ -93,7 +93,7 @@ func runCluster(ctx context.Context, n int, o Options) (*Cluster, error) {
 		}
 	}
 	for _, s := range c.Members {
-		if err := s.await(ctx, "readyz"); err != nil {
+		if err := s.Await(ctx); err != nil {
 			return nil, errors.Join(err, c.Close())
 		}
 	}

@@ -172,6 +172,9 @@ func (s *Server) start() error {
 	return nil
 }
 
+// Await waits until the server is ready: of a cluster, until it has a leader.
+func (s *Server) Await(ctx context.Context) error { return s.await(ctx, "readyz") }
+
 // await waits until the server's health check of that name succeeds.
 func (s *Server) await(ctx context.Context, check string) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
@@ -254,8 +257,7 @@ func (s *Server) end(signal syscall.Signal) error {
 }
 
 // Restart starts the server, after it was stopped if it runs, and waits until it
-// answers. A single server then is ready; a member of a cluster may still lack a
-// leader.
+// lives. A single server then is ready; for a member of a cluster see Await.
 func (s *Server) Restart(ctx context.Context) error {
 	if err := s.Stop(); err != nil {
 		return err
@@ -266,7 +268,7 @@ func (s *Server) Restart(ctx context.Context) error {
 	if strings.Contains(s.peers, ",") {
 		return s.await(ctx, "livez")
 	}
-	return s.await(ctx, "readyz")
+	return s.Await(ctx)
 }
 
 // Wipe replaces the server, which must not be one of several, by an empty one.
