@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"strings"
 	"time"
 
@@ -20,6 +19,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
+
+	"github.com/wgcni/wgcni/pkg/identity"
 )
 
 // connection is a client that is there or on its way.
@@ -166,7 +167,7 @@ func (c Config) tls() (*tls.Config, error) {
 		return nil, nil
 	}
 	if c.KeyFile != "" {
-		if err := private(c.KeyFile); err != nil {
+		if _, err := identity.ReadSecretFile(c.KeyFile, maxSecretFile); err != nil {
 			return nil, fmt.Errorf("keyFile: %w", err)
 		}
 	}
@@ -180,14 +181,14 @@ func (c Config) tls() (*tls.Config, error) {
 	return secure, nil
 }
 
+// maxSecretFile bounds a key or a password, in bytes.
+const maxSecretFile = 64 << 10
+
 func (c Config) password() (string, error) {
 	if c.PasswordFile == "" {
 		return "", nil
 	}
-	if err := private(c.PasswordFile); err != nil {
-		return "", fmt.Errorf("passwordFile: %w", err)
-	}
-	text, err := os.ReadFile(c.PasswordFile)
+	text, err := identity.ReadSecretFile(c.PasswordFile, maxSecretFile)
 	if err != nil {
 		return "", fmt.Errorf("passwordFile: %w", err)
 	}
@@ -196,18 +197,6 @@ func (c Config) password() (string, error) {
 		return "", fmt.Errorf("passwordFile: %s is empty; want the password of user %s", c.PasswordFile, c.Username)
 	}
 	return password, nil
-}
-
-// private refuses a secret that lies open.
-func private(path string) error {
-	info, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return fmt.Errorf("%s may be read by others (mode %04o): run `chmod 600 %s`", path, info.Mode().Perm(), path)
-	}
-	return nil
 }
 
 // request is one round trip to etcd, or some. It may be called again.

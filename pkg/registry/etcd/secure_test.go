@@ -97,7 +97,7 @@ func TestTLSFilesRenewed(t *testing.T) {
 	r := watching(t, s)
 	r.fails(ErrUnreachable)
 	must(t, os.Chmod(cfg.KeyFile, 0o640))
-	r.fails(nil, "may be read by others (mode 0640): run `chmod 600 "+cfg.KeyFile+"`")
+	r.fails(nil, "is open to others (mode 0640): run `chmod 600 "+cfg.KeyFile+"`")
 	install(ca)
 	must(t, os.Chmod(cfg.KeyFile, 0o600))
 	r.entries()
@@ -187,9 +187,9 @@ func TestSecretsLieOpen(t *testing.T) {
 		text string
 		want string
 	}{
-		{0o644, "secret", "%s may be read by others (mode 0644): run `chmod 600 %[1]s`"},
-		{0o640, "secret", "%s may be read by others (mode 0640): run `chmod 600 %[1]s`"},
-		{0o604, "secret", "%s may be read by others (mode 0604): run `chmod 600 %[1]s`"},
+		{0o644, "secret", "%s is open to others (mode 0644): run `chmod 600 %[1]s`"},
+		{0o640, "secret", "%s is open to others (mode 0640): run `chmod 600 %[1]s`"},
+		{0o604, "secret", "%s is open to others (mode 0604): run `chmod 600 %[1]s`"},
 		{0o600, "", "%s is empty; want the password of user me"},
 		{0o600, "\n", "%s is empty; want the password of user me"},
 	} {
