@@ -66,13 +66,14 @@ func (l *Loop) announce(now time.Time) {
 	if pending := l.publisher.pending(); pending != nil && pending.record.SameContent(self) {
 		return
 	}
-	seen := max(self.Revision, theirs.Revision, accepted.Revision)
+	// What we offered before is not known to be there: a tombstone may be instead.
+	seen := max(theirs.Revision, accepted.Revision)
 	if accepted.SameContent(self) && accepted.Revision >= self.Revision {
 		// The registry may have lost it. If not, nothing changes there: thousands
 		// of nodes that all come back from an outage would wake each other.
 		self.Revision = accepted.Revision
 	} else {
-		self.Revision = registry.NextRevision(seen, now)
+		self.Revision = registry.NextRevision(max(seen, self.Revision), now)
 	}
 	sealed, err := l.trust.Seal(self)
 	if err != nil { // it has nothing that could fail

@@ -285,8 +285,12 @@ func (l *Loop) hear(u registry.Update) {
 		l.away = nil
 	}
 	merged, stale := registry.Merge(l.known.Records, u.Snapshot)
-	for _, r := range l.refusals.hear(l.config.NodeName, u.Snapshot.Invalid, stale, l.Now()) {
-		l.Log.Warn("record refused", "kind", r.Kind, "error", r.Reason)
+	news := l.refusals.hear(l.config.NodeName, u.Snapshot.Invalid, stale, l.Now())
+	for _, r := range news[:min(len(news), manyRefused)] {
+		l.Log.Warn("record refused", "node", r.Node, "kind", r.Kind, "error", r.Reason)
+	}
+	if more := len(news) - manyRefused; more > 0 {
+		l.Log.Warn("more records refused", "records", more, "mend", "`wgcnid nodes` lists all")
 	}
 	l.known.Records, l.fresh, l.published = merged, &u.Snapshot, nil
 	if ours := merged.Nodes[l.config.NodeName]; ours.Left && !l.joined && ours.Revision > l.known.Self.Revision {
@@ -352,6 +356,10 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	l.report(o, err)
 	return o, err
 }
+
+// manyRefused is how many records that are refused at once are logged: whoever
+// can write to the registry is not to fill the node's disk.
+const manyRefused = 20
 
 // manyOps is from how many ops on a pass is logged as a summary.
 const manyOps = 40

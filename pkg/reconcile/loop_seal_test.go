@@ -399,6 +399,41 @@ func TestTombstoneWithLesserRevision(t *testing.T) {
 	}
 }
 
+// The same for a node that has changed its record twice since the registry could
+// last be written to: its own offer is nothing that it knows to be stored.
+func TestTombstoneBetweenTwoChanges(t *testing.T) {
+	n := newNode(t)
+	own := n.joins()
+	gone := tombstone("a", own.Revision+1)
+	gone.PublicKey = keyA
+	const last = "192.0.2.78:51820"
+	n.registry.set(func(r *fakeRegistry) {
+		r.onPublish = func(rec registry.Record) error {
+			if rec.Endpoints[0] != last {
+				return errAway
+			}
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.records["a"] = gone // the watch has not told yet
+			return nil
+		}
+	})
+	for _, address := range []string{"192.0.2.77", "192.0.2.78"} {
+		n.kernel.set(func(k *fakeKernel) { k.underlay = underlay(address) })
+		n.tell(kernel.Event{Underlay: true})
+		eventually(t, "the change to be offered", func() bool {
+			all := n.registry.publications()
+			return all[len(all)-1].Endpoints[0] == address+":51820"
+		})
+	}
+	eventually(t, "the refusal", func() bool { return strings.Contains(n.log.String(), "without knowing of") })
+	n.registry.set(func(r *fakeRegistry) { r.onPublish = nil }) // now it tells
+	eventually(t, "the report", func() bool { return n.report().Forgotten })
+	if got, _ := n.registry.own(); !got.Equal(gone) {
+		t.Errorf("the tombstone was replaced by %+v", got)
+	}
+}
+
 // The seal needs no clock and no order: the same secret seals alike on each node.
 func TestSealsAgree(t *testing.T) {
 	two := registrytest.Secrets(t, 2)

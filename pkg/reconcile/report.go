@@ -67,17 +67,22 @@ func kindOf(err error) string {
 
 // refusals are the records that do not count, and how many did not in all.
 type refusals struct {
-	standing map[string]Refusal // by reason, which names the record
-	total    map[string]uint64  // by kind
+	standing map[refused]Refusal
+	total    map[string]uint64 // by kind
 }
+
+// refused tells refusals apart. A reason alone may name another record: the one
+// that the entry says it is.
+type refused struct{ node, reason string }
 
 // hear takes in a snapshot's refusals and returns those that are new. An
 // outdated record of our own is no news: what we publish meets what we are told.
 func (f *refusals) hear(own string, invalid map[string]error, stale []registry.Stale, now time.Time) (news []Refusal) {
-	standing := map[string]Refusal{}
+	standing := map[refused]Refusal{}
 	refuse := func(node string, err error) {
 		r := Refusal{Node: node, Kind: kindOf(err), Reason: err.Error(), Since: now}
-		if was, known := f.standing[r.Reason]; known {
+		at := refused{node, r.Reason}
+		if was, known := f.standing[at]; known {
 			r.Since = was.Since
 		} else {
 			news = append(news, r)
@@ -86,7 +91,7 @@ func (f *refusals) hear(own string, invalid map[string]error, stale []registry.S
 			}
 			f.total[r.Kind]++
 		}
-		standing[r.Reason] = r
+		standing[at] = r
 	}
 	for name, err := range invalid {
 		refuse(name, err)

@@ -8,12 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -114,13 +112,6 @@ func TestAnnounceLeaveByTheClock(t *testing.T) {
 	}
 }
 
-func (m *testMesh) must(err error) {
-	m.t.Helper()
-	if err != nil {
-		m.t.Fatal(err)
-	}
-}
-
 // others are the records of all nodes but a, where the registry can be read.
 func (m *testMesh) others() map[string]registry.Record {
 	s, _ := m.registry.Snapshot(m.t.Context())
@@ -212,25 +203,6 @@ func TestLeave(t *testing.T) {
 			}
 		})
 	}
-}
-
-// apart runs the program itself in a network namespace that nobody else is in.
-func (m *testMesh) apart(args ...string) (stdout, stderr string) {
-	m.t.Helper()
-	if os.Geteuid() != 0 {
-		m.t.Fatal("it makes a network namespace: run it as root")
-	}
-	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
-	defer cancel()
-	var out, errs bytes.Buffer
-	cmd := as(ctx, asHelper, args...)
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
-	if err := cmd.Run(); err != nil {
-		m.t.Fatalf("%s: %v\n%s%s", strings.Join(args, " "), err, &out, &errs)
-	}
-	m.tellsNoSecret(out.String() + errs.String())
-	return out.String(), errs.String()
 }
 
 func TestAwaitHelperEnd(t *testing.T) {

@@ -6,12 +6,15 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/registry"
@@ -142,6 +145,54 @@ func (m *testMesh) run(args ...string) (stdout, stderr string, err error) {
 		m.tellsNoSecret(err.Error())
 	}
 	return out.String(), errs.String(), err
+}
+
+// apart runs the program itself in a network namespace that nobody else is in.
+func (m *testMesh) apart(args ...string) (stdout, stderr string) {
+	m.t.Helper()
+	return m.separate(unix.CLONE_NEWNET, func(ctx context.Context) *exec.Cmd { return as(ctx, asHelper, args...) })
+}
+
+// inside runs a script in namespaces of its own, with which all ends that it has
+// started. It returns what was printed between the lines "--".
+func (m *testMesh) inside(script string) []string {
+	m.t.Helper()
+	program, err := os.Executable()
+	m.must(err)
+	out, errs := m.separate(unix.CLONE_NEWNET|unix.CLONE_NEWNS|unix.CLONE_NEWPID, func(ctx context.Context) *exec.Cmd {
+		cmd := as(ctx, asHelper)
+		cmd.Path = "/bin/sh"
+		cmd.Args = []string{"sh", "-euc", "mount --make-rprivate /; mount -t proc proc /proc; mount -t tmpfs run /run\n" + script}
+		cmd.Env = append(cmd.Env, "wgcnid="+program, "conf="+m.conf, "secret="+m.secretFile())
+		return cmd
+	})
+	m.t.Log(errs)
+	return strings.Split(out, "--\n")
+}
+
+func (m *testMesh) separate(namespaces uintptr, command func(context.Context) *exec.Cmd) (stdout, stderr string) {
+	m.t.Helper()
+	if os.Geteuid() != 0 {
+		m.t.Fatal("it makes a network namespace: run it as root")
+	}
+	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
+	defer cancel()
+	var out, errs bytes.Buffer
+	cmd := command(ctx)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces}
+	if err := cmd.Run(); err != nil {
+		m.t.Fatalf("%q: %v\n%s%s", cmd.Args, err, &out, &errs)
+	}
+	m.tellsNoSecret(out.String() + errs.String())
+	return out.String(), errs.String()
+}
+
+func (m *testMesh) must(err error) {
+	m.t.Helper()
+	if err != nil {
+		m.t.Fatal(err)
+	}
 }
 
 func (m *testMesh) tellsNoSecret(text string) {

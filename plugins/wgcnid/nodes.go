@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -163,7 +164,11 @@ func printNodes(w io.Writer, l NodeList, asJSON bool) error {
 		}
 	}
 	for _, r := range l.Refused {
-		fmt.Fprintln(&b, "refused:", oneLine(r.Reason))
+		fmt.Fprint(&b, "refused: ", oneLine(r.Reason))
+		if shown := strings.Trim(strconv.Quote(r.Node), `"`); !strings.Contains(r.Reason, shown) { // but whom it pretends to be of
+			fmt.Fprintf(&b, " (stored under %s)", oneLine(strconv.Quote(r.Node)))
+		}
+		fmt.Fprintln(&b)
 	}
 	_, err := io.WriteString(w, printable(b.String()))
 	return err

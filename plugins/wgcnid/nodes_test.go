@@ -29,6 +29,7 @@ func fullMesh(t *testing.T) *testMesh {
 	m.cache(registrytest.Record("rolled-back", 8))
 	m.publish(registrytest.Record("rolled-back", 7))
 	m.forge(registrytest.Record("unsealed", 9))
+	m.raw("elsewhere", `{"name": "b"}`)
 	return m
 }
 
@@ -42,6 +43,7 @@ copied       key revoked  copied.example.net:51820 192.0.2.7:51820 [2001:db8::7]
 left         left         -                                                                  -                          11111111   -
 rolled-back  member       rolled-back.example.net:51820 192.0.2.7:51820 [2001:db8::7]:51820  10.244.1.0/24 fd00::7/128  11111111   2026-03-01 12:00:00
 stolen       forgotten    -                                                                  -                          11111111   -
+refused: record b: revision: 0: want 1 to 9007199254740991 (stored under "elsewhere")
 refused: record rolled-back: stale revision: 7 offered, 8 is known; publish with a later revision
 refused: record unsealed: not sealed with a cluster secret: set clusterSecretFile on its node too
 `
@@ -127,6 +129,10 @@ func TestNodesJSON(t *testing.T) {
     }
   ],
   "refused": [
+    {
+      "node": "elsewhere",
+      "reason": "record b: revision: 0: want 1 to 9007199254740991"
+    },
     {
       "node": "rolled-back",
       "reason": "record rolled-back: stale revision: 7 offered, 8 is known; publish with a later revision"

@@ -77,7 +77,7 @@ func sealNote(s Status) string {
 		}
 	}
 	if s.Seal.AcceptsUnsealed {
-		note += "; records without a seal count too (\"seal\" is \"preferred\"), of nodes: " + names(s.Seal.Unsealed)
+		note += "; a record without a seal counts too (\"seal\" is \"preferred\"), not sealed yet: " + names(s.Seal.Unsealed)
 	}
 	return note
 }

@@ -36,7 +36,7 @@ func TestSealNote(t *testing.T) {
 		{"none", registry.Trust{}, nil, false, "none: whoever can write to the registry is trusted; see `wgcnid secret --help`"},
 		{"one", one, nil, false, "by secret 11111111"},
 		{"two", two, nil, false, "by secret 11111111, accepted as well: 22222222"},
-		{"preferred", open, nil, false, `by secret 11111111, accepted as well: 22222222; records without a seal count too ("seal" is "preferred"), of nodes: 2: b c`},
+		{"preferred", open, nil, false, `by secret 11111111, accepted as well: 22222222; a record without a seal counts too ("seal" is "preferred"), not sealed yet: 2: b c`},
 		{"unreadable", registry.Trust{}, unread, false, "the secrets cannot be read, and wgcnid goes on with those it has: cluster secret: open /etc/wgcni/secret: no such file; or so"},
 		{"unreadable, no helper", registry.Trust{}, unread, true, "the secrets cannot be read, and wgcnid will not start: cluster secret: open /etc/wgcni/secret: no such file; or so"},
 	} {
@@ -116,5 +116,37 @@ func TestStatusForgotten(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(m.config.StateDir, "private.key")); err != nil {
 		t.Error(err)
+	}
+}
+
+// A node's life, with the real tunnel: none of it needs a process that can be
+// dumped, and the secret is not needed to say what the kernel holds.
+func TestNodeWithoutSecret(t *testing.T) {
+	m := newMesh(t, 1, "endpoint", "192.0.2.1:51820")
+	b := registrytest.Record("b", 1)
+	b.Endpoints, b.Prefixes[0].Prefix, b.Pods = b.Endpoints[1:2], podsB[0], nil
+	m.publish(b)
+	steps := m.inside(`
+		"$wgcnid" sync --config "$conf"; echo --
+		"$wgcnid" status --config "$conf"; echo --
+		"$wgcnid" status --config "$conf" --json; echo --
+		rm "$secret"
+		"$wgcnid" status --config "$conf"; echo --
+		"$wgcnid" leave --force --config "$conf" 2>&1; echo --
+		ip -o link show type tun; ip rule list | grep 30567 || true`)
+	const encrypted = "Pod traffic to the other node is encrypted; nothing leaves in the clear.\n"
+	for i, want := range []string{"preshared-key (hidden)", encrypted, `"presharedKey": true`, encrypted, "a has left the mesh"} {
+		if !strings.Contains(steps[i], want) {
+			t.Errorf("step %d: no %s in\n%s", i, want, steps[i])
+		}
+	}
+	if !strings.Contains(steps[3], m.secretFile()) || strings.Contains(steps[3], "pending") {
+		t.Errorf("without the secret:\n%s", steps[3])
+	}
+	if left := strings.TrimSpace(steps[5]); left != "" {
+		t.Errorf("left behind:\n%s", left)
+	}
+	if got := m.stored("a"); got.PublicKey == (wgtypes.Key{}) || got.Seal.Secret != m.trust.Secrets.Current() {
+		t.Errorf("its record is %+v", got)
 	}
 }

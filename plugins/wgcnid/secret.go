@@ -27,13 +27,13 @@ write to it changes nothing, and gives each pair of nodes a preshared key.
 A mesh that runs already is given its first secret without losing traffic:
 
   1. set "clusterSecretFile", and "seal": "preferred" beside it, on every node;
-  2. when ` + "`wgcnid secret list`" + ` shows no node without a secret any more, take
-     "seal" out on every node: from then on, a record without a seal is refused.
+  2. when ` + "`wgcnid secret list`" + ` shows no line "none" any more, take "seal" out
+     on every node: from then on, a record without a seal is refused.
 
 The file may hold several secrets, one a line. The first seals this node's record,
 and all of them are accepted, so that a secret can be changed:
 
-  1. add the new one as the last line, on every node;
+  1. make a new one on one node, and add it as the last line on every node;
   2. make it the first line, on every node;
   3. when ` + "`wgcnid secret list`" + ` shows no node that uses the old one, delete that.
 
@@ -58,7 +58,7 @@ line, which can be appended to a file of secrets.
 
 What the shell makes for ">" or ">>" can be read by others, unless ` + "`umask 077`" + ` went
 before. wgcnid reads no secret from such a file, and this command writes none to it.`,
-		Example: "  wgcnid secret new --file /etc/wgcni/secret   # the first one\n  wgcnid secret new >> /etc/wgcni/secret       # one more, to change to",
+		Example: "  wgcnid secret new --file /etc/wgcni/secret   # the first one\n  wgcnid secret new >> /etc/wgcni/secret       # one more; copy the file again",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			out := cmd.OutOrStdout()
@@ -163,14 +163,14 @@ func printSecrets(w io.Writer, v meshView) error {
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", s.ID(), s.Made().Format(time.DateOnly), use, names(users[s.ID()]))
 	}
-	if trust.AcceptUnsealed {
-		fmt.Fprintf(t, "without\t-\taccepted (\"seal\" is \"preferred\")\t%s\n", names(users[""]))
+	if unsealed := users[""]; len(unsealed) > 0 {
+		fmt.Fprintf(t, "none\t-\taccepted (\"seal\" is \"preferred\")\t%s\n", names(unsealed))
 	}
 	if err := t.Flush(); err != nil {
 		return err
 	}
 	if n := len(v.records.Invalid); n > 0 {
-		fmt.Fprintf(&b, "\nRecords that are refused: %d; `wgcnid nodes` says why.\n", n)
+		fmt.Fprintf(&b, "refused: %d of the records in the registry; `wgcnid nodes` says why\n", n)
 	}
 	_, err := io.WriteString(w, printable(b.String()))
 	return err

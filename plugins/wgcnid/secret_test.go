@@ -124,9 +124,8 @@ func TestSecretList(t *testing.T) {
 	const want = `SECRET    MADE        USE                               NODES
 11111111  2026-03-01  seals this node's record          1: a
 22222222  2026-03-02  accepted                          6: b c d e f and 1 more
-without   -           accepted ("seal" is "preferred")  1: h
-
-Records that are refused: 1; ` + "`wgcnid nodes` says why.\n"
+none      -           accepted ("seal" is "preferred")  1: h
+refused: 1 of the records in the registry; ` + "`wgcnid nodes` says why\n"
 	for range 2 {
 		out, errs, err := m.run("secret", "list")
 		if diff := cmp.Diff(want, m.named(out)); diff != "" || errs != "" || err != nil {

@@ -182,6 +182,13 @@ wgcnid goes on with the secrets that it read last: cluster secret: gone
 			`As wgcnid saw it last, at 2026-01-02 02:04:05:
 refused in all since wgcnid's start: 1 forged
 `},
+		{"no secret", exampleConfig, func() Status {
+			s := connected()
+			s.Seal = &SealStatus{Error: "cluster secret: gone"}
+			s.Report = &reconcile.Report{SecretsError: "cluster secret: gone"}
+			return s
+		}, true, encrypted + strings.Replace(head, "none: whoever can write to the registry is trusted; see `wgcnid secret --help`",
+			"the secrets cannot be read, and wgcnid goes on with those it has: cluster secret: gone", 1) + connectedTable},
 		{"a flood of refused records", exampleConfig, func() Status {
 			s := connected()
 			s.Report = &reconcile.Report{}

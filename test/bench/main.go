@@ -33,6 +33,7 @@ var benches = []struct {
 	{"scale", benchScale},
 	{"announce", benchAnnounce},
 	{"mesh", benchMesh},
+	{"join", benchJoin},
 	{"throughput", benchThroughput},
 }
 

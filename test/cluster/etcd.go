@@ -236,6 +236,8 @@ func (e *Etcd) AwaitHealthy(ctx context.Context) error {
 	return nil
 }
 
+func (e *Etcd) binary() string { return filepath.Join(e.cluster.BinDir, "etcd") }
+
 func (e *Etcd) folder() string { return filepath.Join(e.cluster.dir, "etcd") }
 
 func (e *Etcd) token() string { return "wgcni-" + strconv.Itoa(e.era) }
@@ -276,7 +278,10 @@ func (m *EtcdMember) Start() (err error) {
 	if o := e.options; o.CAFile != "" {
 		args = append(args, "--client-cert-auth", "--trusted-ca-file", o.CAFile, "--cert-file", o.CertFile, "--key-file", o.KeyFile)
 	}
-	m.Process, err = e.cluster.Underlay.Start(filepath.Join(e.cluster.BinDir, "etcd"), args...)
+	// A shell is between nsenter and etcd, since nsenter stops itself when its child
+	// is paused (util-linux, sys-utils/nsenter.c, continue_as_child). It then reaps
+	// nobody, and the machine could not end.
+	m.Process, err = e.cluster.Underlay.Start("sh", append([]string{"-c", `"$@" & wait`, "sh", e.binary()}, args...)...)
 	return err
 }
 
@@ -291,16 +296,24 @@ func (m *EtcdMember) Kill() error {
 }
 
 // Pause stops the member where it is, as a disk that hangs does.
-func (m *EtcdMember) Pause() error { return m.signalGroup(unix.SIGSTOP) }
+func (m *EtcdMember) Pause() error { return m.signalServer(unix.SIGSTOP) }
 
 // Resume lets a paused member go on.
-func (m *EtcdMember) Resume() error { return m.signalGroup(unix.SIGCONT) }
+func (m *EtcdMember) Resume() error { return m.signalServer(unix.SIGCONT) }
 
-// signalGroup signals nsenter as well, which stops when its child does and would
-// not go on by itself (util-linux, sys-utils/nsenter.c, continue_as_child).
-func (m *EtcdMember) signalGroup(sig unix.Signal) error {
-	if err := unix.Kill(-m.cmd.Process.Pid, sig); err != nil {
-		return fmt.Errorf("send %v to etcd member %s: %w", sig, m.URL(), err)
+func (m *EtcdMember) signalServer(sig unix.Signal) error {
+	found, err := m.etcd.cluster.Underlay.FindProcesses("--name " + m.name())
+	if err != nil {
+		return err
 	}
-	return nil
+	for _, p := range found {
+		if p.Args[0] != m.etcd.binary() { // the shell
+			continue
+		}
+		if err := unix.Kill(p.HostPID, sig); err != nil {
+			return fmt.Errorf("send %v to etcd member %s: %w", sig, m.URL(), err)
+		}
+		return nil
+	}
+	return fmt.Errorf("send %v to etcd member %s: %w", sig, m.URL(), os.ErrProcessDone)
 }
