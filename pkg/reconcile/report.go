@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/wgcni/wgcni/pkg/identity"
@@ -80,7 +81,7 @@ type refused struct{ node, reason string }
 func (f *refusals) hear(own string, invalid map[string]error, stale []registry.Stale, now time.Time) (news []Refusal) {
 	standing := map[refused]Refusal{}
 	refuse := func(node string, err error) {
-		r := Refusal{Node: node, Kind: kindOf(err), Reason: err.Error(), Since: now}
+		r := Refusal{Node: node, Kind: kindOf(err), Reason: cut(err.Error()), Since: now}
 		at := refused{node, r.Reason}
 		if was, known := f.standing[at]; known {
 			r.Since = was.Since
@@ -104,6 +105,15 @@ func (f *refusals) hear(own string, invalid map[string]error, stale []registry.S
 	f.standing = standing
 	slices.SortFunc(news, compareRefusals)
 	return news
+}
+
+// cut bounds a text that quotes what somebody wrote to the registry.
+func cut(s string) string {
+	const most = 500
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most], "") + "…"
 }
 
 func (f *refusals) sorted() []Refusal {

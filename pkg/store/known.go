@@ -104,6 +104,9 @@ func SaveKnown(ctx context.Context, stateDir string, before, now Known) error {
 	}
 	err = guarded(func() error {
 		return f.db.Update(func(tx *bolt.Tx) error {
+			if tx.Bucket(nodeBucket).Get(selfKey) == nil {
+				before = Known{} // somebody else has put a new file in a damaged one's place
+			}
 			for name, r := range now.Records.Nodes {
 				if was, ok := before.Records.Nodes[name]; !ok || !was.Equal(r) {
 					if err := putJSON(tx.Bucket(recordsBucket), []byte(name), r); err != nil {

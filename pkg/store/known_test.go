@@ -219,3 +219,27 @@ func TestKnownLocked(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 }
+
+// A file that somebody else found damaged, and replaced, is filled again with
+// all there is: what the saver knows the old file to hold is not in it.
+func TestSaveOnReplacedFile(t *testing.T) {
+	dir := t.TempDir()
+	before := Known{Self: record("node-a", 1), Records: registry.NewSnapshot(record("node-a", 1), record("node-b", 1))}
+	if err := SaveKnown(t.Context(), dir, Known{}, before); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(KnownPath(dir), []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, damaged := load(t, dir); damaged == nil {
+		t.Fatal("the file is not seen to be damaged")
+	}
+	now := before.Clone()
+	now.Records.Nodes["node-c"] = record("node-c", 1)
+	if err := SaveKnown(t.Context(), dir, before, now); err != nil {
+		t.Fatal(err)
+	}
+	if got, damaged := load(t, dir); len(got.Records.Nodes) != 3 || damaged != nil {
+		t.Errorf("%d records are known, want 3; %v", len(got.Records.Nodes), damaged)
+	}
+}

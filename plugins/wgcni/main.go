@@ -13,11 +13,16 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/version"
+	"golang.org/x/sys/unix"
 
 	wgversion "github.com/wgcni/wgcni/pkg/version"
 )
 
 func main() {
+	// The private key stays out of core files, those that core_pattern pipes away included (core(5)).
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		warn("should this process crash, a core file may hold the node's keys: %v", err)
+	}
 	// A process of a few milliseconds has no use for a garbage collector.
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(256 << 20) // from here on it has

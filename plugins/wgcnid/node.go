@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/renameio/v2"
+	"google.golang.org/grpc/grpclog"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/identity"
@@ -29,7 +31,9 @@ import (
 
 // openStore is the one place that knows which stores there are.
 func openStore(r config.Registry) registry.Store {
-	if r.Type == "etcd" {
+	if r.Type == config.RegistryEtcd {
+		// What gRPC would say on stderr comes as an error too.
+		grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 		return etcd.New(etcd.Config(r.Etcd))
 	}
 	return file.New(r.Path)

@@ -25,7 +25,7 @@ type crowd struct {
 
 	took               samples       // of each node, from the first start to its last route, in seconds
 	cpu, tunnels, etcd time.Duration // of all processes of the kind
-	writes             int64         // of etcd
+	revisions          int64         // of etcd, each of them a record that was written
 }
 
 // benchJoin measures how long real nodes take to find each other when all start
@@ -81,7 +81,7 @@ func benchJoin(ctx context.Context, b *bench) ([]section, error) {
 	if err != nil {
 		return nil, err
 	}
-	j.writes = after - before
+	j.revisions = after - before
 	s := j.section()
 	if nodes < wanted {
 		s.notes = append(s.notes, fmt.Sprintf("not %d: this machine has no more instances of inotify (fs.inotify.max_user_instances)", wanted))
@@ -121,11 +121,17 @@ func roomForNodes(wanted int) (int, error) {
 			used++
 		}
 	}
-	n := min(wanted, (limit-used-spareInotify)/inotifyOfNode())
+	n := room(wanted, limit-used, inotifyOfNode())
 	if n < 2 {
 		return 0, fmt.Errorf("%d of %d instances of inotify are in use: raise fs.inotify.max_user_instances", used, limit)
 	}
 	return n, nil
+}
+
+// room is how many of the wanted nodes there is room for, if each needs so many
+// of what is free.
+func room(wanted, free, each int) int {
+	return max(min(wanted, (free-spareInotify)/each), 0)
 }
 
 // newCrowd makes the cluster's nodes ready to start.
@@ -219,11 +225,11 @@ func (j *crowd) account(c *cluster.Cluster) error {
 
 func (j *crowd) section() section {
 	n := float64(len(j.nodes))
-	s := section{title: fmt.Sprintf("%d nodes join at once, etcd", len(j.nodes)), figures: [3]string{"time", "writes", "cpu"}}
+	s := section{title: fmt.Sprintf("%d nodes join at once, etcd", len(j.nodes)), figures: [3]string{"time", "revisions", "cpu"}}
 	s.rows = append(s.rows,
 		row{what: "until half of the nodes have all peers", time: milliseconds(j.took.median())},
 		row{what: "until the last node has all peers", time: milliseconds(j.took.quantile(1))},
-		row{what: "etcd", writes: fmt.Sprint(j.writes), cpu: milliseconds(j.etcd.Seconds()), ratio: float64(j.writes) / n, to: "nodes"},
+		row{what: "etcd", count: fmt.Sprint(j.revisions), cpu: milliseconds(j.etcd.Seconds()), ratio: float64(j.revisions) / n, to: "one for each node"},
 		row{what: "wgcnid, of each node", cpu: milliseconds(j.cpu.Seconds() / n)},
 	)
 	all := j.cpu + j.etcd + j.tunnels

@@ -1,8 +1,9 @@
 // bench measures what wgcni costs: its verbs beside those of the reference
-// plugins, its verbs as a node fills, and the throughput between pods. All that
-// is compared runs in turns, since only ratios within one run mean anything.
+// plugins, its verbs as a node fills, how soon another node knows of a pod, what
+// a large mesh takes to hold and to join, and the throughput between pods. All
+// that is compared runs in turns, since only ratios within one run mean anything.
 //
-//	go run ./test/bench [--short] [--sections verbs,scale,throughput] [--markdown]
+//	go run ./test/bench [--short] [--sections verbs,scale,announce,mesh,join,throughput] [--markdown]
 package main
 
 import (
@@ -46,7 +47,7 @@ func main() {
 	b := &bench{started: time.Now(), terminal: isTerminal(os.Stderr)}
 	var names string
 	var asMarkdown bool
-	flag.BoolVar(&b.short, "short", false, "fewer rounds: under a minute, and less exact")
+	flag.BoolVar(&b.short, "short", false, "fewer rounds: a few minutes, and less exact")
 	flag.StringVar(&names, "sections", strings.Join(sectionNames(), ","), "what to measure")
 	flag.BoolVar(&asMarkdown, "markdown", false, "print the table for the README")
 	flag.Parse()

@@ -138,4 +138,6 @@ func (e inEtcd) fill(ctx context.Context, records []registry.Record) error {
 	return nil
 }
 
-func (e inEtcd) put(ctx context.Context, r registry.Record) error { return e.fill(ctx, []registry.Record{r}) }
+func (e inEtcd) put(ctx context.Context, r registry.Record) error {
+	return e.fill(ctx, []registry.Record{r})
+}

@@ -19,9 +19,9 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-// routeWatch follows the routes into a node's tunnel, as the kernel tells of them: a process
-// that asks, or a poll, would take CPU time from what is measured. A peer's
-// routes are the last that is set of it and the first that goes; see mesh.Diff.
+// routeWatch follows the routes into a node's tunnel as the kernel tells of them:
+// a poll, or a process that asks, would take CPU time from what is measured. The
+// routes are the last that is set of a peer and the first that goes; see mesh.Diff.
 type routeWatch struct {
 	node *cluster.Node
 	done chan struct{}

@@ -17,6 +17,8 @@ func TestQuantile(t *testing.T) {
 		{samples{4, 1, 3, 2}, 0, 1},
 		{samples{4, 1, 3, 2}, 1, 4},
 		{samples{10, 0}, 0.9, 9},
+		{samples{100, 0, 50}, 0.99, 99},
+		{samples{-1, -2, -3}, 0.5, -2}, // what was quicker than it was asked for
 	} {
 		if got := tt.samples.quantile(tt.q); math.Abs(got-tt.want) > 1e-9 {
 			t.Errorf("%v.quantile(%v) = %v, want %v", tt.samples, tt.q, got, tt.want)

@@ -40,7 +40,7 @@ type row struct {
 	p99    string
 	time   string
 	memory string
-	writes string
+	count  string
 	cpu    string
 	ratio  float64 // 0: none
 	to     string  // what the ratio refers to
@@ -60,8 +60,8 @@ func (r row) figure(column string) string {
 		return r.p99
 	case "memory":
 		return r.memory
-	case "writes":
-		return r.writes
+	case "revisions": // of etcd
+		return r.count
 	case "cpu":
 		return r.cpu
 	}

@@ -80,6 +80,32 @@ a note
 	}
 }
 
+// TestFigures: a section may have columns of its own.
+func TestFigures(t *testing.T) {
+	mixed := []section{
+		{title: "Verbs", rows: []row{{what: "ADD", median: "6 ms", p90: "9 ms", p99: "hidden", memory: "hidden", cpu: "5 ms"}}},
+		{title: "News", figures: [3]string{"median", "p99", "cpu"}, rows: []row{{what: "etcd", median: "1 ms", p90: "hidden", p99: "2 ms"}}},
+		{title: "Mesh", figures: [3]string{"time", "memory", "cpu"}, rows: []row{{what: "start", time: "3 s", memory: "4 MiB", cpu: "2 s"}}},
+		{title: "Join", figures: [3]string{"time", "revisions", "cpu"}, rows: []row{{what: "etcd", count: "7", ratio: 1, to: "nodes"}}},
+	}
+	want := `Verbs    median        p90   cpu  ratio  to     budget
+  ADD      6 ms       9 ms  5 ms
+
+News     median        p99   cpu  ratio  to     budget
+  etcd     1 ms       2 ms
+
+Mesh       time     memory   cpu  ratio  to     budget
+  start     3 s      4 MiB   2 s
+
+Join       time  revisions   cpu  ratio  to     budget
+  etcd                   7         1.00  nodes
+
+`
+	if diff := cmp.Diff(want, text(mixed)); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestMissed(t *testing.T) {
 	if n, of := missed(example); n != 1 || of != 2 {
 		t.Errorf("%d of %d budgets missed, want 1 of 2", n, of)

@@ -3,6 +3,8 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
+	"strings"
 	"testing"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -115,4 +117,46 @@ func TestEtcdUnderAttack(t *testing.T) {
 	} {
 		t.Run(a.name, func(t *testing.T) { s.withstand(t, a) })
 	}
+}
+
+// Whoever floods the registry fills neither the log nor the operator's screen,
+// and pushes nobody out.
+func TestFloodOfRecords(t *testing.T) {
+	m := newSealedMesh(t, 3)
+	raw := rawFile(m.RegistryFile())
+	flows := streams(t, m.pods)
+	honest := raw.read(t)
+	flooded := maps.Clone(honest)
+	const many = 3000
+	for i := range many {
+		name := fmt.Sprintf("stranger-%d", i)
+		flooded[name] = fmt.Appendf(nil, `{"name": "node-b", "revision": %d}`, i)
+	}
+	before := map[string]int{}
+	for i, n := range m.Nodes {
+		before[n.Name] = len(m.helpers[i].Log.String())
+	}
+	raw.write(t, flooded)
+	for i, n := range m.Nodes {
+		s := awaitStatus(t, n, "the flood to be counted", func(s cluster.Status) bool { return s.Report.RefusedTotal[reconcile.KindMalformed] == many })
+		if len(s.Peers) != 2 || !s.OK || len(s.Report.Refused) != many {
+			t.Errorf("%s has %d peers and refuses %d records; %s", n.Name, len(s.Peers), len(s.Report.Refused), s.Verdict)
+		}
+		if grown := len(m.helpers[i].Log.String()) - before[n.Name]; grown > 16<<10 {
+			t.Errorf("%s: %d records gave %d bytes of log", n.Name, many, grown)
+		}
+		out := run(t, n, bin("wgcnid"), "status")
+		if lines := strings.Count(out, "\n"); lines > 40 || !strings.Contains(out, fmt.Sprintf("%d malformed", many)) {
+			t.Errorf("%s: status has %d lines:\n%.2000s", n.Name, lines, out)
+		}
+		if out := run(t, n, bin("wgcnid"), "nodes"); strings.Count(out, "\nrefused: ") != many {
+			t.Errorf("%s: nodes lists %d refused records of %d", n.Name, strings.Count(out, "\nrefused: "), many)
+		}
+	}
+	raw.write(t, honest)
+	for _, n := range m.Nodes {
+		awaitStatus(t, n, "the flood to ebb", func(s cluster.Status) bool { return s.OK && len(s.Report.Refused) == 0 })
+	}
+	allFlowing(t, flows)
+	lossless(t, flows)
 }
