@@ -211,3 +211,16 @@ func TestFlannelIsThePrimary(t *testing.T) {
 	}
 	checkPrefixes(t, []string{"10.244.5.0/24"}, c.PodCIDRs)
 }
+
+// Every example is one that wgcnid takes as it is.
+func TestExamples(t *testing.T) {
+	examples, err := filepath.Glob("../../conflist/*.conflist")
+	if err != nil || len(examples) < 3 {
+		t.Fatalf("%d examples, %v", len(examples), err)
+	}
+	for _, path := range examples {
+		if c, err := Load(path, t.TempDir()); err != nil || len(c.PodCIDRs) != 2 {
+			t.Errorf("%s: %v, %v", path, c.PodCIDRs, err)
+		}
+	}
+}

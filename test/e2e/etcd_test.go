@@ -32,8 +32,8 @@ func startEtcd(t *testing.T, c *cluster.Cluster, o cluster.EtcdOptions) *cluster
 	return e
 }
 
-// join is newMesh for a cluster that is there already.
-func join(t *testing.T, c *cluster.Cluster, podsEach int, o cluster.NetworkOptions) *mesh {
+// join is newMesh, with a pod on each node, for a cluster that is there already.
+func join(t *testing.T, c *cluster.Cluster, o cluster.NetworkOptions) *mesh {
 	t.Helper()
 	m := &mesh{Cluster: c}
 	t.Cleanup(func() {
@@ -48,9 +48,7 @@ func join(t *testing.T, c *cluster.Cluster, podsEach int, o cluster.NetworkOptio
 		t.Fatal(err)
 	}
 	for _, n := range c.Nodes {
-		for i := range podsEach {
-			m.pods = append(m.pods, addPod(t, n, cluster.NetworkName, fmt.Sprintf("%s-pod%d", n.Name, i), cluster.PodOptions{}))
-		}
+		m.pods = append(m.pods, addPod(t, n, cluster.NetworkName, n.Name+"-pod", cluster.PodOptions{}))
 	}
 	return m
 }
@@ -153,7 +151,7 @@ func TestEtcd(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := cluster.NewT(t, 3)
 			e := startEtcd(t, c, cluster.EtcdOptions{Members: members})
-			m := join(t, c, 1, withRegistry(e.Registry(nil)))
+			m := join(t, c, withRegistry(e.Registry(nil)))
 			capture := watchUnderlay(t, c)
 			for _, p := range m.pods {
 				serve(t, p)
@@ -186,7 +184,7 @@ func TestEtcd(t *testing.T) {
 func TestEtcdLosesRecords(t *testing.T) {
 	c := cluster.NewT(t, 2)
 	e := startEtcd(t, c, cluster.EtcdOptions{})
-	m := join(t, c, 1, withRegistry(e.Registry(nil)))
+	m := join(t, c, withRegistry(e.Registry(nil)))
 	serve(t, m.pods[1])
 	s := stream(t, m.pods[0], m.pods[1].IPv4(), streamRate)
 	flowing(t, s)
@@ -263,7 +261,7 @@ func TestEtcdAsksWhoYouAre(t *testing.T) {
 		}
 		return withRegistry(r)
 	}
-	m := join(t, c, 1, with(nil))
+	m := join(t, c, with(nil))
 	serve(t, m.pods[1])
 	if err := talk(t.Context(), m.pods[0], m.pods[1], []byte("x")); err != nil {
 		t.Error(err)
@@ -336,7 +334,7 @@ func TestEtcdMembersKilledAtRandomMoments(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 3))
 	c := cluster.NewT(t, 3)
 	e := startEtcd(t, c, cluster.EtcdOptions{Members: 3})
-	m := join(t, c, 1, withRegistry(e.Registry(nil)))
+	m := join(t, c, withRegistry(e.Registry(nil)))
 	serve(t, m.pods[1])
 	bystander := stream(t, m.pods[0], m.pods[1].IPv4(), streamRate)
 	flowing(t, bystander)

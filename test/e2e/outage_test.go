@@ -261,7 +261,7 @@ func TestOutagesOfEtcd(t *testing.T) {
 		registry: e.Registry(map[string]any{"username": user, "passwordFile": passwordFile}),
 		records:  func(ctx context.Context) (registry.Snapshot, error) { return etcdRecords(ctx, e) },
 	}
-	p.mesh = join(t, c, 1, withRegistry(p.registry))
+	p.mesh = join(t, c, withRegistry(p.registry))
 	if err := e.Backup(ctx, backup); err != nil { // node-c is yet to come
 		t.Fatal(err)
 	}
@@ -360,7 +360,7 @@ func TestOutagesOfTheSharedFile(t *testing.T) {
 			return registry.New(file.New(c.RegistryFile()), registry.Trust{}).Snapshot(ctx)
 		},
 	}
-	p.mesh = join(t, c, 1, withRegistry(p.registry))
+	p.mesh = join(t, c, withRegistry(p.registry))
 	p.prepare(t)
 	shell := func(script string) func() error {
 		return onAll(func(n *cluster.Node) error {
