@@ -34,9 +34,9 @@ func (n *testNode) writeSecrets(t registry.Trust, order ...int) {
 }
 
 // sealedNode has the first of two secrets.
-func sealedNode(t *testing.T, records ...registry.Record) (*testNode, registry.Trust) {
+func sealedNode(t *testing.T) (*testNode, registry.Trust) {
 	t.Helper()
-	n, two := newNode(t, records...), registrytest.Secrets(t, 2)
+	n, two := newNode(t), registrytest.Secrets(t, 2)
 	n.config.SecretFile = filepath.Join(t.TempDir(), "secret")
 	n.config.AcceptUnsealed = false
 	n.writeSecrets(two, 0)

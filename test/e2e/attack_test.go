@@ -122,7 +122,7 @@ func TestEtcdUnderAttack(t *testing.T) {
 // Whoever floods the registry fills neither the log nor the operator's screen,
 // and pushes nobody out.
 func TestFloodOfRecords(t *testing.T) {
-	m := newSealedMesh(t, 3)
+	m := newSealedMesh(t)
 	raw := rawFile(m.RegistryFile())
 	flows := streams(t, m.pods)
 	honest := raw.read(t)

@@ -14,7 +14,7 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-// sealedMesh is a sealed mesh whose pods have talked with each other. Each has a
+// sealedMesh is a sealed mesh of three nodes whose pods have talked with each other. Each has a
 // server, and ordinary routes lead around the tunnel.
 type sealedMesh struct {
 	*mesh
@@ -22,10 +22,10 @@ type sealedMesh struct {
 	servers []*cluster.Server
 }
 
-func newSealedMesh(t *testing.T, nodes int) *sealedMesh {
+func newSealedMesh(t *testing.T) *sealedMesh {
 	t.Helper()
 	o := cluster.NetworkOptions{Secrets: []string{newSecret(t)}}
-	m := &sealedMesh{mesh: newMesh(t, nodes, 1, o), options: o}
+	m := &sealedMesh{mesh: newMesh(t, 3, 1, o), options: o}
 	routeAroundTunnel(t, m.Cluster)
 	for _, p := range m.pods {
 		m.servers = append(m.servers, server(t, p))
@@ -99,7 +99,7 @@ func mustRefuseCommand(t *testing.T, n *cluster.Node, want string, args ...strin
 
 // A node that leaves puts a sealed tombstone; what it said before is refused from then on.
 func TestSealedLeave(t *testing.T) {
-	m := newSealedMesh(t, 3)
+	m := newSealedMesh(t)
 	stays, leaves := m.Nodes[0], m.Nodes[2]
 	raw := rawFile(m.RegistryFile())
 	before := raw.read(t)["node-c"]
@@ -144,7 +144,7 @@ func TestSealedLeave(t *testing.T) {
 // A node is forgotten while its helper runs: that keeps the guard. Its pods reach
 // each other and no others, and nothing leaves them in the clear.
 func TestForget(t *testing.T) {
-	m := newSealedMesh(t, 3)
+	m := newSealedMesh(t)
 	a, c := m.Nodes[0], m.Nodes[2]
 	capture := watchUnderlay(t, m.Cluster)
 	bystander := stream(t, m.pods[0], m.pods[1].IPv4(), 100)
@@ -199,7 +199,7 @@ func TestForget(t *testing.T) {
 // machine's may be: nobody answers it. Neither the same helper nor another name
 // brings its key back; a new key is another node.
 func TestForgottenKeyIsRevoked(t *testing.T) {
-	m := newSealedMesh(t, 3)
+	m := newSealedMesh(t)
 	a, b, c := m.Nodes[0], m.Nodes[1], m.Nodes[2]
 	key := m.record(t, "node-c").PublicKey.String()
 	if err := m.helpers[2].Signal(t.Context(), unix.SIGKILL); err != nil {

@@ -347,7 +347,7 @@ func newSiege(t *testing.T, secret string, o cluster.NetworkOptions, r func(*clu
 	if etcd, ok := raw.(rawEtcd); ok {
 		o.Stanza = map[string]any{"registry": etcd.Registry(nil)}
 	}
-	m := join(t, c, 1, o)
+	m := join(t, c, o)
 	routeAroundTunnel(t, m.Cluster)
 	serveAll(t, m.pods)
 	keys, err := pairKeys(t, m.Nodes)

@@ -86,7 +86,7 @@ func TestConfigRefused(t *testing.T) {
 		{Config{Endpoints: []string{"https://192.0.2.1:2379"}, CertFile: "/cert"}, "certFile and keyFile: one without the other"},
 		{Config{Endpoints: []string{"https://192.0.2.1:2379"}, Username: "me"}, "username and passwordFile: one without the other"},
 		{Config{Endpoints: []string{"https://192.0.2.1:2379"}, CAFile: "/nowhere/ca.pem"}, "open /nowhere/ca.pem: no such file"},
-		{Config{Endpoints: []string{"https://192.0.2.1:2379"}, Username: "me", PasswordFile: "/nowhere/password"}, "passwordFile: stat /nowhere/password: no such file"},
+		{Config{Endpoints: []string{"https://192.0.2.1:2379"}, Username: "me", PasswordFile: "/nowhere/password"}, "passwordFile: open /nowhere/password: no such file"},
 	} {
 		s := open(t, c.cfg)
 		_, err := s.Entries(t.Context())

@@ -199,7 +199,7 @@ func TestSecretsLieOpen(t *testing.T) {
 		cfg.Username, cfg.PasswordFile = "me", path
 		s := open(t, cfg)
 		_, err := s.Entries(t.Context())
-		if want := fmt.Sprintf("passwordFile: "+c.want, path); err == nil || !strings.HasSuffix(err.Error(), want) {
+		if want := fmt.Sprintf("passwordFile: "+c.want, path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("mode %o: error %v, want %q", c.mode, err, want)
 		}
 		must(t, os.WriteFile(path, []byte("mended"), 0o600)) // no authentication there: any user will do
