@@ -245,7 +245,7 @@ func TestEtcdAsksWhoYouAre(t *testing.T) {
 	if err := errors.Join(e.AddUser(t.Context(), "mesh", password), e.Grant(t.Context(), "mesh", "readwrite", etcdPrefix), e.EnableAuth(t.Context())); err != nil {
 		t.Fatal(err)
 	}
-	files := map[string]string{"right": password + "\n", "wrong": wrong + "\n"}
+	files := map[string]string{"right": password + "\n", "wrong": wrong + "\n", "secret": newSecret(t) + "\n"}
 	for name, text := range files {
 		files[name] = filepath.Join(dir, name)
 		if err := os.WriteFile(files[name], []byte(text), 0o600); err != nil {
@@ -259,7 +259,7 @@ func TestEtcdAsksWhoYouAre(t *testing.T) {
 				delete(r, k)
 			}
 		}
-		return withRegistry(r)
+		return cluster.NetworkOptions{Example: "etcd.conflist", Stanza: map[string]any{"registry": r, "clusterSecretFile": files["secret"]}}
 	}
 	m := join(t, c, with(nil))
 	serve(t, m.pods[1])
