@@ -82,7 +82,7 @@ func LoadOrCreate(stateDir string) (PrivateKey, error) {
 	}
 	// Written aside, synced, renamed: a power cut leaves the old state or the new.
 	text := []byte(fresh.String() + "\n")
-	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.IgnoreUmask()); err != nil {
+	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.WithTempDir(stateDir), renameio.IgnoreUmask()); err != nil {
 		return PrivateKey{}, fmt.Errorf("write %s: %w", Path(stateDir), err)
 	}
 	return PrivateKey{conceal(fresh)}, nil

@@ -49,6 +49,9 @@ type Kernel struct {
 	rt  *netlink.Handle
 	nft *nftables.Conn // dialled by the first use
 	wg  wireguard
+	// linkIndex is that of Interface, 0 while it has to be looked up. It is good
+	// for one Apply, in which thousands of routes may need it.
+	linkIndex int
 }
 
 // Open connects to the kernel.
@@ -88,6 +91,7 @@ func (k *Kernel) Observe() (mesh.State, error) {
 func (k *Kernel) Apply(ops []mesh.Op) error {
 	var errs []error
 	linkMissing := false
+	k.linkIndex = 0
 	for len(ops) > 0 {
 		op, n := ops[0], 1
 		var err error
@@ -124,12 +128,14 @@ func (k *Kernel) apply(op mesh.Op) error {
 	case mesh.RemoveFilter:
 		return k.removeFilter()
 	case mesh.AddLink:
+		k.linkIndex = 0
 		return k.addLink(o)
 	case mesh.ConfigureLink:
 		return k.configureLink(o.Link)
 	case mesh.SetLink:
 		return k.setLink(o)
 	case mesh.RemoveLink:
+		k.linkIndex = 0
 		return k.removeLink(o.Name)
 	case mesh.AddAddress:
 		return k.changeAddress(o.Link, o.Prefix, k.rt.AddrReplace)

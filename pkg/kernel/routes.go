@@ -101,11 +101,14 @@ func decodeRoute(r netlink.Route, family, linkIndex int) (mesh.Route, bool) {
 func (k *Kernel) setRoute(o mesh.SetRoute) error {
 	r := encodeRoute(o.Route)
 	if o.Route.Type == mesh.ViaLink {
-		l, err := k.rt.LinkByName(o.Link)
-		if err != nil {
-			return err
+		if k.linkIndex == 0 {
+			l, err := k.rt.LinkByName(o.Link)
+			if err != nil {
+				return err
+			}
+			k.linkIndex = l.Attrs().Index
 		}
-		r.LinkIndex = l.Attrs().Index
+		r.LinkIndex = k.linkIndex
 		r.Scope = netlink.SCOPE_LINK
 		if o.Route.Source.IsValid() {
 			r.Src = o.Route.Source.AsSlice()

@@ -330,6 +330,9 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	l.resolveEndpoints(ctx, now)
 	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, l.known.Self, now)
 	l.known.MTU = FindMTU(l.underlay, l.known.Self, l.known.Records)
+	// Others hear of our pods while we work: the verbs have applied here what
+	// concerns the pods themselves.
+	l.announce(now)
 
 	l.adoptIfNew(ctx)
 	o, err := Pass{

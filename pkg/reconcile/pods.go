@@ -110,6 +110,9 @@ func (l *Loop) podsChanged(ctx context.Context) bool {
 			return err
 		}
 		changed = !complete || !slices.Equal(l.outside(store.Addresses(all)), l.outside(l.pods))
+		if complete { // else some are yet to be adopted
+			l.pods = store.Addresses(all)
+		}
 		return nil
 	})
 	return changed || err != nil // the pass says what is wrong

@@ -69,13 +69,17 @@ func Endpoints(c config.Config, u kernel.Underlay) []string {
 // FindMTU is the tunnel's MTU, in bytes: by the underlay, and by the families of
 // all endpoints there are. Without an underlay it is what Ethernet allows.
 func FindMTU(u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
-	var all []netip.AddrPort
-	for _, r := range append(records.Records(), self) {
-		for _, e := range r.Endpoints {
+	var all []netip.AddrPort // in whatever order
+	look := func(endpoints []string) {
+		for _, e := range endpoints {
 			if a, err := netip.ParseAddrPort(e); err == nil {
 				all = append(all, a)
 			}
 		}
+	}
+	look(self.Endpoints)
+	for _, r := range records.Nodes {
+		look(r.Endpoints)
 	}
 	underlay := u.MTU
 	if underlay == 0 {

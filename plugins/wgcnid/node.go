@@ -87,7 +87,7 @@ func reportPath(runDir string) string { return filepath.Join(runDir, "helper.jso
 func writeReport(runDir string, r reconcile.Report, log *slog.Logger) {
 	text, err := json.MarshalIndent(r, "", "  ")
 	if err == nil {
-		err = renameio.WriteFile(reportPath(runDir), text, 0o600)
+		err = renameio.WriteFile(reportPath(runDir), text, 0o600, renameio.WithTempDir(runDir))
 	}
 	if err != nil {
 		log.Warn("cannot write the report for `wgcnid status`", "error", err)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"syscall"
 
@@ -54,6 +55,9 @@ func newLogger(w io.Writer, format string) (*slog.Logger, error) {
 }
 
 func run(ctx context.Context, o options, log *slog.Logger) error {
+	// It shares the node with what earns the money: memory counts for more than
+	// the little time that collecting it earlier takes.
+	debug.SetGCPercent(50)
 	c, err := o.load()
 	if err != nil {
 		return err
@@ -98,7 +102,7 @@ func keepLast(load func() (config.Config, error), stateDir string, log *slog.Log
 			return c, err
 		}
 		last = c.Source // a copy that fails is not tried again until there is another
-		if err := renameio.WriteFile(filepath.Join(stateDir, config.LastFile), c.Source, 0o600); err != nil {
+		if err := renameio.WriteFile(filepath.Join(stateDir, config.LastFile), c.Source, 0o600, renameio.WithTempDir(stateDir)); err != nil {
 			log.Warn("cannot keep a copy of the configuration; `wgcnid leave` will need --config", "error", err)
 		}
 		return c, nil

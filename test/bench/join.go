@@ -89,14 +89,8 @@ func benchJoin(ctx context.Context, b *bench) ([]section, error) {
 	return []section{s}, nil
 }
 
-// inotifyOfNode is how many instances of inotify a node needs: its wgcnid has one,
-// and its userspace tunnel another, for its control socket (ipc.UAPIListen).
-func inotifyOfNode() int {
-	if kernel.HasWireGuard() {
-		return 1
-	}
-	return 2
-}
+// inotifyOfNode is how many instances of inotify a node needs: its wgcnid has one.
+const inotifyOfNode = 1
 
 // spareInotify are the instances of inotify that are left to others.
 const spareInotify = 16
@@ -121,7 +115,7 @@ func roomForNodes(wanted int) (int, error) {
 			used++
 		}
 	}
-	n := room(wanted, limit-used, inotifyOfNode())
+	n := room(wanted, limit-used, inotifyOfNode)
 	if n < 2 {
 		return 0, fmt.Errorf("%d of %d instances of inotify are in use: raise fs.inotify.max_user_instances", used, limit)
 	}

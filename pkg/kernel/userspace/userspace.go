@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"os"
 	"os/exec"
 	"strconv"
@@ -121,11 +122,14 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 		Errorf:   logs.Printf,
 	})
 	defer wg.Close()
-	listener, err := ipc.UAPIListen(name, socket)
+	// Not ipc.UAPIListen: it would need an inotify instance, of which root has 128
+	// on a node for everything.
+	listener, err := net.FileListener(socket)
 	if err != nil {
 		return fmt.Errorf("listen on the control socket of %s: %w", name, err)
 	}
 	defer listener.Close()
+	listener.(*net.UnixListener).SetUnlinkOnClose(true) //nolint:forcetypeassert // UAPIOpen has made it one
 	go func() {
 		for {
 			c, err := listener.Accept()
