@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/wgcni/wgcni/pkg/identity"
-	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/kernel/userspace"
 	"github.com/wgcni/wgcni/test/cluster"
 )
