@@ -116,7 +116,7 @@ func withoutZeros(data []byte) []byte {
 	for bytes.HasSuffix(data, page[:]) {
 		data = data[:len(data)-len(page)]
 	}
-	return data
+	return bytes.Clone(data) // the pages themselves are given back
 }
 
 // addProcesses takes in what everybody on a machine may read of its processes,
