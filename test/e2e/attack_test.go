@@ -124,7 +124,7 @@ func TestEtcdUnderAttack(t *testing.T) {
 func TestFloodOfRecords(t *testing.T) {
 	m := newSealedMesh(t)
 	raw := rawFile(m.RegistryFile())
-	flows := streams(t, m.pods)
+	traffic := flowAll(t, m.pods)
 	honest := raw.read(t)
 	flooded := maps.Clone(honest)
 	const many = 3000
@@ -157,6 +157,5 @@ func TestFloodOfRecords(t *testing.T) {
 	for _, n := range m.Nodes {
 		awaitStatus(t, n, "the flood to ebb", func(s cluster.Status) bool { return s.OK && len(s.Report.Refused) == 0 })
 	}
-	allFlowing(t, flows)
-	lossless(t, flows)
+	traffic.lossless(t)
 }

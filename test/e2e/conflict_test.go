@@ -93,9 +93,9 @@ func TestClaims(t *testing.T) {
 		}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			var flows []*cluster.Stream
+			var traffic flows
 			if !row.cut {
-				flows = streams(t, m.pods)
+				traffic = flowAll(t, m.pods)
 			}
 			r := honest
 			r.Prefixes = append(slices.Clone(honest.Prefixes), claimNow(strings.Fields(row.claims)...)...)
@@ -114,9 +114,8 @@ func TestClaims(t *testing.T) {
 			for _, n := range m.Nodes {
 				mustDecide(t, n, row.conflicts, want)
 			}
-			if flows != nil {
-				allFlowing(t, flows)
-				lossless(t, flows)
+			if !row.cut {
+				traffic.lossless(t)
 			}
 		})
 	}

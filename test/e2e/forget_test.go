@@ -147,12 +147,12 @@ func TestForget(t *testing.T) {
 	m := newSealedMesh(t)
 	a, c := m.Nodes[0], m.Nodes[2]
 	capture := watchUnderlay(t, m.Cluster)
-	bystander := stream(t, m.pods[0], m.pods[1].IPv4(), 100)
-	flows := []*cluster.Stream{
+	bystander := newFlows(t, func() []*cluster.Stream { return []*cluster.Stream{stream(t, m.pods[0], m.pods[1].IPv4(), 100)} })
+	streams := []*cluster.Stream{
 		stream(t, m.pods[2], m.pods[0].IPv4(), 100), stream(t, m.pods[2], m.pods[0].IPv6(), 100),
 		stream(t, m.pods[0], m.pods[2].IPv4(), 100), stream(t, m.pods[0], m.pods[2].IPv6(), 100),
 	}
-	allFlowing(t, append(flows, bystander))
+	allFlowing(t, streams)
 
 	mustRefuseCommand(t, a, `no node "node-cc": did you mean "node-c"?`, "forget", "node-cc")
 	mustRefuseCommand(t, a, "node-a is this node: it goes with `wgcnid leave`", "forget", "node-a")
@@ -176,7 +176,7 @@ func TestForget(t *testing.T) {
 	if out, err := c.Run(t.Context(), "ip", "link", "show", "wgcni0"); err == nil {
 		t.Errorf("it still has its tunnel: %s", out)
 	}
-	mustHearNothing(t, m.pods[2], m.servers[0], func() { losing(t, flows...) })
+	mustHearNothing(t, m.pods[2], m.servers[0], func() { losing(t, streams...) })
 	beside, err := c.AddPod(t.Context(), cluster.NetworkName, "beside", cluster.PodOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -188,10 +188,10 @@ func TestForget(t *testing.T) {
 	if dropped, err := c.Status(t.Context()); err != nil || dropped.OK {
 		t.Errorf("status %+v, %v", dropped, err)
 	}
-	for _, f := range flows {
+	for _, f := range streams {
 		f.Stop()
 	}
-	lossless(t, []*cluster.Stream{bystander})
+	bystander.lossless(t)
 	mustBeClean(t, capture)
 }
 
@@ -207,11 +207,11 @@ func TestForgottenKeyIsRevoked(t *testing.T) {
 	}
 	_ = m.helpers[2].Wait(t.Context()) // it was killed
 	capture := watchUnderlay(t, m.Cluster)
-	flows := []*cluster.Stream{
+	streams := []*cluster.Stream{
 		stream(t, m.pods[2], m.pods[0].IPv4(), 100), stream(t, m.pods[2], m.pods[1].IPv6(), 100),
 		stream(t, m.pods[0], m.pods[2].IPv4(), 100), stream(t, m.pods[1], m.pods[2].IPv6(), 100),
 	}
-	allFlowing(t, flows)
+	allFlowing(t, streams)
 	run(t, a, bin("wgcnid"), "forget", "node-c")
 	for _, n := range []*cluster.Node{a, b} {
 		awaitStatus(t, n, "one peer", func(s cluster.Status) bool { return s.OK && len(s.Peers) == 1 })
@@ -223,7 +223,7 @@ func TestForgottenKeyIsRevoked(t *testing.T) {
 		}
 	}
 	mustHearNothing(t, m.pods[2], m.servers[0], func() {
-		mustHearNothing(t, m.pods[2], m.servers[1], func() { losing(t, flows...) })
+		mustHearNothing(t, m.pods[2], m.servers[1], func() { losing(t, streams...) })
 	})
 	if out := run(t, c, "wg", "show", "wgcni0", "peers"); len(strings.Fields(out)) != 2 {
 		t.Errorf("nobody touched the tunnel of node-c, which has the peers %s", out)
@@ -234,7 +234,7 @@ func TestForgottenKeyIsRevoked(t *testing.T) {
 	if !strings.Contains(again.Log.String(), "the mesh has forgotten this node and revoked its key") {
 		t.Errorf("log:\n%s", again.Log)
 	}
-	m.mustBeOut(t, flows)
+	m.mustBeOut(t, streams)
 	stopHelper(t, again)
 
 	other := m.options
@@ -253,8 +253,8 @@ func TestForgottenKeyIsRevoked(t *testing.T) {
 			t.Errorf("%s does not show the conflict:\n%s", n.Name, out)
 		}
 	}
-	m.mustBeOut(t, flows)
-	for _, f := range flows {
+	m.mustBeOut(t, streams)
+	for _, f := range streams {
 		f.Stop()
 	}
 
@@ -275,9 +275,9 @@ func TestForgottenKeyIsRevoked(t *testing.T) {
 
 // mustBeOut fails unless node-c is a peer of nobody and none of the streams from
 // and to it flows.
-func (m *sealedMesh) mustBeOut(t *testing.T, flows []*cluster.Stream) {
+func (m *sealedMesh) mustBeOut(t *testing.T, streams []*cluster.Stream) {
 	t.Helper()
-	losing(t, flows...)
+	losing(t, streams...)
 	for _, n := range m.Nodes[:2] {
 		s, err := n.Status(t.Context())
 		if err != nil {

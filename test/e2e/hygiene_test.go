@@ -40,9 +40,7 @@ func TestSecretsStaySecret(t *testing.T) {
 	k.start(t, b, "--log", "text")
 	k.end(t, a, unix.SIGQUIT) // it prints every goroutine
 	k.start(t, a, "--log", "json")
-	if _, err := a.Kill9(t.Context(), "wgcnid tunnel"); err != nil {
-		t.Fatal(err)
-	}
+	killTunnel(t, a)
 	k.end(t, c, unix.SIGTERM)
 	k.must(t, c, "sync")
 	k.faults(t, c)

@@ -87,9 +87,7 @@ func mustRefuse(t *testing.T, m *mesh, r registry.Record, kind string) {
 // again: by new handshakes, which need the same preshared keys at both ends.
 func mustShakeHands(t *testing.T, m *mesh, n *cluster.Node) {
 	t.Helper()
-	if killed, err := n.Kill9(t.Context(), "wgcnid tunnel"); err != nil || killed != 1 {
-		t.Fatalf("killed %d tunnel processes: %v", killed, err)
-	}
+	killTunnel(t, n)
 	if err := m.AwaitConverged(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -114,7 +112,7 @@ func TestSealOnAndOff(t *testing.T) {
 	routeAroundTunnel(t, m.Cluster)
 	serveAll(t, m.pods)
 	capture := watchUnderlay(t, m.Cluster)
-	flows := streams(t, m.pods)
+	traffic := flowAll(t, m.pods)
 	secret := newSecret(t)
 	id := secretID(t, secret)
 	first, others := m.Nodes[:1], m.Nodes[1:]
@@ -150,11 +148,10 @@ func TestSealOnAndOff(t *testing.T) {
 			t.Errorf("%s: unsealed %v", n.Name, got)
 		}
 	}
-	allFlowing(t, flows)
-	lossless(t, flows)
+	traffic.lossless(t)
 	mustShakeHands(t, m, m.Nodes[1])
 
-	flows = streams(t, m.pods)
+	traffic = flowAll(t, m.pods)
 	configure(t, m.Nodes, "preferred", secret)
 	configure(t, first, "")
 	awaitKeys(t, "no preshared key with node-a", m.Nodes, func(pair [2]string, psk string) bool {
@@ -165,8 +162,7 @@ func TestSealOnAndOff(t *testing.T) {
 	}
 	configure(t, others, "")
 	awaitKeys(t, "no preshared keys", m.Nodes, bare)
-	allFlowing(t, flows)
-	lossless(t, flows)
+	traffic.lossless(t)
 	mustShakeHands(t, m, m.Nodes[2])
 	mustBeClean(t, capture)
 }
@@ -183,7 +179,7 @@ func TestSecretIsChanged(t *testing.T) {
 	all := []string{"node-a", "node-b", "node-c"}
 	before := awaitKeys(t, "preshared keys", m.Nodes, hasKey)
 	capture := watchUnderlay(t, m.Cluster)
-	flows := streams(t, m.pods)
+	traffic := flowAll(t, m.pods)
 
 	configure(t, m.Nodes, "", older, newer)
 	awaitUsers(t, m, "both to be accepted", map[string][]string{oldID: all, newID: nil})
@@ -203,8 +199,7 @@ func TestSecretIsChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustRefuse(t, m, sealed, reconcile.KindUnknownSecret)
-	allFlowing(t, flows)
-	lossless(t, flows)
+	traffic.lossless(t)
 
 	late, err := m.AddNode(t.Context(), "node-d")
 	if err != nil {

@@ -2,14 +2,18 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/identity"
@@ -48,18 +52,73 @@ func secretID(t *testing.T, secret string) string {
 
 func (m *mesh) helper(n *cluster.Node) *cluster.Process { return m.helpers[slices.Index(m.Nodes, n)] }
 
-// streams are one from each pod to each other.
-func streams(t *testing.T, pods []*cluster.Pod) (all []*cluster.Stream) {
+// flows are steady streams that must lose nothing.
+type flows struct {
+	streams []*cluster.Stream
+	dropped uint64 // by the machine before they began
+}
+
+// newFlows begins to watch over streams. Every tunnel has had its handshake by then.
+func newFlows(t *testing.T, start func() []*cluster.Stream) flows {
 	t.Helper()
-	for _, from := range pods {
-		for _, to := range pods {
-			if from != to {
-				all = append(all, stream(t, from, to.IPv4(), 50))
+	f := flows{dropped: backlogDrops(t)}
+	f.streams = start()
+	allFlowing(t, f.streams)
+	return f
+}
+
+// flowAll has a stream from each pod to each other.
+func flowAll(t *testing.T, pods []*cluster.Pod) flows {
+	t.Helper()
+	return newFlows(t, func() (all []*cluster.Stream) {
+		for _, from := range pods {
+			for _, to := range pods {
+				if from != to {
+					all = append(all, stream(t, from, to.IPv4(), 50))
+				}
 			}
 		}
+		return all
+	})
+}
+
+// lossless ends the streams, once they have gone on for a little.
+func (f flows) lossless(t *testing.T) {
+	t.Helper()
+	allFlowing(t, f.streams)
+	lost := 0
+	var reports []string
+	for _, s := range f.streams {
+		r := s.Stop()
+		lost += r.Lost
+		reports = append(reports, r.String())
 	}
-	allFlowing(t, all)
-	return all
+	switch dropped := backlogDrops(t) - f.dropped; {
+	case lost == 0:
+	case uint64(lost) <= dropped:
+		t.Logf("%d datagrams were lost, and %d packets by this machine, which is busy: that proves nothing", lost, dropped)
+	default:
+		t.Errorf("want no loss:\n%s", strings.Join(reports, "\n"))
+	}
+}
+
+// backlogDrops is how many packets the machine's CPUs have dropped because too many
+// waited: on their way through a veth, of whatever namespace (the second column,
+// see net/core/net-procfs.c, softnet_seq_show).
+func backlogDrops(t *testing.T) (total uint64) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/net/softnet_stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		n, err := strconv.ParseUint(strings.Fields(line)[1], 16, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		total += n
+	}
+	return total
 }
 
 // allFlowing waits until some more datagrams of each stream have come back.
@@ -79,16 +138,6 @@ func allFlowing(t *testing.T, all []*cluster.Stream) {
 	})
 	if err != nil {
 		t.Fatal(err)
-	}
-}
-
-// lossless ends streams that began when every tunnel had its handshake.
-func lossless(t *testing.T, all []*cluster.Stream) {
-	t.Helper()
-	for _, s := range all {
-		if r := s.Stop(); r.Lost > 0 {
-			t.Errorf("%s; want no loss", r)
-		}
 	}
 }
 
@@ -249,5 +298,27 @@ func newRecord(t *testing.T, name string) registry.Record {
 	return registry.Record{
 		Name: name, PublicKey: key.PublicKey(), Endpoints: []string{"192.0.2.66:51820"},
 		Since: time.Now(), Revision: registry.NextRevision(0, time.Now()),
+	}
+}
+
+// killTunnel ends a node's tunnel by SIGKILL. Its helper, if it runs, makes another at once.
+func killTunnel(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	tunnels, err := n.FindProcesses("wgcnid tunnel")
+	if err != nil || len(tunnels) != 1 {
+		t.Fatalf("tunnels of %s: %v, %v", n.Name, tunnels, err)
+	}
+	if err := unix.Kill(tunnels[0].HostPID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	err = cluster.Poll(t.Context(), "the tunnel of "+n.Name+" to die", func() error {
+		now, err := n.FindProcesses("wgcnid tunnel")
+		if slices.ContainsFunc(now, func(p cluster.ProcessInfo) bool { return p.HostPID == tunnels[0].HostPID }) {
+			err = errors.Join(err, errors.New("it is still there"))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
