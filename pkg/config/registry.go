@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
-	"regexp"
 	"strconv"
 	"strings"
 	"unicode"
@@ -189,8 +188,6 @@ func etcdEndpoints(in []string, secure bool) ([]string, error) {
 	return out, nil
 }
 
-var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?\.?$`)
-
 // etcdEndpoint reads one endpoint; its scheme is empty if the text has none.
 func etcdEndpoint(s string) (u url.URL, fault string) {
 	text := s
@@ -209,7 +206,7 @@ func etcdEndpoint(s string) (u url.URL, fault string) {
 		return u, "is neither http nor https"
 	case err != nil || !validPort(port):
 		return u, "does not end in a port from 1 to 65535"
-	case notAddress != nil && !hostName.MatchString(host):
+	case notAddress != nil && !wellFormed(strings.TrimSuffix(host, "."), alnum, alnum+"_.-", alnum):
 		return u, "has no address and no DNS name in it"
 	}
 	return u, ""
