@@ -25,7 +25,13 @@ func (n *testNode) writeSecrets(t registry.Trust, order ...int) {
 	for _, i := range order {
 		text.WriteString(t.Secrets[i].Reveal() + "\n")
 	}
-	if err := os.WriteFile(n.config.SecretFile+".new", []byte(text.String()), 0o600); err != nil {
+	n.writeSecretFile(text.String())
+}
+
+// writeSecretFile replaces the file in one step: the helper never sees half of it.
+func (n *testNode) writeSecretFile(text string) {
+	n.t.Helper()
+	if err := os.WriteFile(n.config.SecretFile+".new", []byte(text), 0o600); err != nil {
 		n.t.Fatal(err)
 	}
 	if err := os.Rename(n.config.SecretFile+".new", n.config.SecretFile); err != nil {
@@ -293,9 +299,7 @@ func TestSecretFileFaults(t *testing.T) {
 	n.joins()
 	n.holds(peerB)
 	// Damaged while it runs: the last ones stay in use, it is said once, and shown.
-	if err := os.WriteFile(n.config.SecretFile, []byte("hunter2\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	n.writeSecretFile("hunter2\n")
 	eventually(t, "the report", func() bool { return strings.Contains(n.report().SecretsError, "line 1") })
 	n.quiet()
 	n.holds(peerB)

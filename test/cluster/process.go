@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -230,7 +231,8 @@ func (m *Machine) FindProcesses(text string) ([]ProcessInfo, error) {
 }
 
 // Kill9 kills the machine's processes whose command line contains text, waits
-// until they are gone and returns how many there were.
+// until those are gone (their successors may be there already) and returns how
+// many there were.
 func (m *Machine) Kill9(ctx context.Context, text string) (int, error) {
 	found, err := m.FindProcesses(text)
 	if err != nil {
@@ -243,8 +245,13 @@ func (m *Machine) Kill9(ctx context.Context, text string) (int, error) {
 	}
 	return len(found), Poll(ctx, fmt.Sprintf("processes with %q on %s to die", text, m.Name), func() error {
 		left, err := m.FindProcesses(text)
-		if err != nil || len(left) > 0 {
-			return errors.Join(err, fmt.Errorf("still there: %v", left))
+		if err != nil {
+			return err
+		}
+		for _, p := range found {
+			if slices.ContainsFunc(left, func(l ProcessInfo) bool { return l.PID == p.PID && l.HostPID == p.HostPID }) {
+				return fmt.Errorf("still there: %v", p)
+			}
 		}
 		return nil
 	})
