@@ -101,14 +101,11 @@ func decodeRoute(r netlink.Route, family, linkIndex int) (mesh.Route, bool) {
 func (k *Kernel) setRoute(o mesh.SetRoute) error {
 	r := encodeRoute(o.Route)
 	if o.Route.Type == mesh.ViaLink {
-		if k.linkIndex == 0 {
-			l, err := k.rt.LinkByName(o.Link)
-			if err != nil {
-				return err
-			}
-			k.linkIndex = l.Attrs().Index
+		index, err := k.indexOf(o.Link)
+		if err != nil {
+			return err
 		}
-		r.LinkIndex = k.linkIndex
+		r.LinkIndex = index
 		r.Scope = netlink.SCOPE_LINK
 		if o.Route.Source.IsValid() {
 			r.Src = o.Route.Source.AsSlice()
@@ -117,11 +114,40 @@ func (k *Kernel) setRoute(o mesh.SetRoute) error {
 	return k.rt.RouteReplace(r)
 }
 
+// indexOf asks for an interface's index once for all the ops of an Apply.
+func (k *Kernel) indexOf(link string) (int, error) {
+	if k.linkIndex == 0 {
+		l, err := k.rt.LinkByName(link)
+		if err != nil {
+			return 0, err
+		}
+		k.linkIndex = l.Attrs().Index
+	}
+	return k.linkIndex, nil
+}
+
+// loopbackIndex is that of every network namespace (LOOPBACK_IFINDEX).
+const loopbackIndex = 1
+
 // removeRoute names type and metric, so that a route which has taken the place
-// of this one meanwhile is not hit.
+// of this one meanwhile is not hit. IPv6 does not look at the type
+// (ip6_route_del), but at the interface, and has all routes to nowhere at lo.
 func (k *Kernel) removeRoute(r mesh.Route) error {
 	out := encodeRoute(r)
 	out.Scope = netlink.SCOPE_NOWHERE // in a deletion: of any scope
+	switch {
+	case r.Prefix.Addr().Is4(), r.Type == foreignLink:
+	case r.Type == mesh.ViaLink:
+		index, err := k.indexOf(k.Interface)
+		if errors.As(err, &netlink.LinkNotFoundError{}) {
+			return nil // its routes went with it
+		} else if err != nil {
+			return err
+		}
+		out.LinkIndex = index
+	default:
+		out.LinkIndex = loopbackIndex
+	}
 	return ignoring(k.rt.RouteDel(out), unix.ESRCH, unix.ENOENT)
 }
 

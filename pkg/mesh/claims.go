@@ -48,8 +48,10 @@ type Ownership struct {
 //     whichever of the two is older stands;
 //   - of two overlapping node prefixes the older claim stands, ties go to the
 //     lesser name;
-//   - of two equal pod claims the newer one stands. A pod claim inside
-//     another node's prefix stands: it is the more specific route;
+//   - of two nodes that claim the same pod the newer claim has it. An older one
+//     inside a newer one is refused; around a newer one it stands, for the rest
+//     of its addresses: the longest prefix decides where packets go. So does a
+//     pod claim inside another node's prefix;
 //   - a machine's own address inside a prefix that another node has held
 //     longer is not exempt: it would be an order to the whole mesh to send
 //     what goes to that pod in the clear.
@@ -265,6 +267,7 @@ func (o *Ownership) settlePods(nodes []Node, clusterCIDRs []netip.Prefix, byAddr
 	slices.SortStableFunc(claims, func(a, b holding) int {
 		return cmp.Or(b.since.Compare(a.since), cmp.Compare(a.node, b.node), ComparePrefixes(a.prefix, b.prefix))
 	})
+	pods := podClaims{holders: map[netip.Prefix]string{}}
 	for _, h := range claims {
 		if !o.permitted(h, clusterCIDRs) {
 			continue
@@ -275,13 +278,50 @@ func (o *Ownership) settlePods(nodes []Node, clusterCIDRs []netip.Prefix, byAddr
 			}
 			continue
 		}
+		if other := pods.around(h); other != "" && other != h.node {
+			o.refuse(h.node, h.prefix, "%s has the better claim", other)
+			continue
+		}
 		if !o.clearOfEndpoints(h, byAddr) {
 			continue
 		}
 		owner[h.prefix] = h
+		pods.add(h)
 		o.Prefixes[h.node] = append(o.Prefixes[h.node], h.prefix)
 	}
 	return owner
+}
+
+// podClaims are the newer ones while older ones are settled.
+type podClaims struct {
+	holders map[netip.Prefix]string
+	lengths [2][129]bool // that occur, by family: nearly all are single pods
+}
+
+func family(p netip.Prefix) int {
+	if p.Addr().Is6() {
+		return 1
+	}
+	return 0
+}
+
+func (c *podClaims) add(h holding) {
+	c.holders[h.prefix] = h.node
+	c.lengths[family(h.prefix)][h.prefix.Bits()] = true
+}
+
+// around returns who has the longest claim around h, or "".
+func (c *podClaims) around(h holding) string {
+	for bits := h.prefix.Bits() - 1; bits > 0; bits-- {
+		if !c.lengths[family(h.prefix)][bits] {
+			continue
+		}
+		p, _ := h.prefix.Addr().Prefix(bits)
+		if node, found := c.holders[p]; found {
+			return node
+		}
+	}
+	return ""
 }
 
 // settleExempt lets the machines keep their own addresses inside clusterCIDRs.

@@ -187,6 +187,24 @@ var ownersTests = []ownersTest{
 		[]string{"a: 10.244.200.1/32", "b: 10.244.200.1/32 refused: a has the better claim"},
 	},
 	{
+		"a pod that moved out of a merged claim",
+		[]mesh.Node{podHolder("a", 1, 5, "10.244.200.0/31"), podHolder("b", 2, 6, "10.244.200.1/32")},
+		[]string{"a: 10.244.200.0/31", "b: 10.244.200.1/32"},
+	},
+	{
+		"a pod that moved into a merged claim",
+		[]mesh.Node{podHolder("a", 1, 6, "10.244.200.0/31"), podHolder("b", 2, 5, "10.244.200.1/32")},
+		[]string{"a: 10.244.200.0/31", "b: 10.244.200.1/32 refused: a has the better claim"},
+	},
+	{
+		"a group within a group within a group",
+		[]mesh.Node{podHolder("a", 1, 6, "10.244.200.0/31"), podHolder("b", 2, 5, "10.244.200.0/30"), podHolder("c", 3, 4, "10.244.200.1/32", "10.244.200.2/32", "10.244.200.0/29")},
+		[]string{
+			"a: 10.244.200.0/31", "b: 10.244.200.0/30", "c: 10.244.200.0/29",
+			"c: 10.244.200.1/32 refused: a has the better claim", "c: 10.244.200.2/32 refused: b has the better claim",
+		},
+	},
+	{
 		"a pod in another's prefix",
 		[]mesh.Node{holder("a", 1, 1, "10.244.1.0/24"), podHolder("b", 2, 2, "10.244.1.7/32")},
 		[]string{"a: 10.244.1.0/24", "b: 10.244.1.7/32"},

@@ -17,7 +17,6 @@ type Plan struct {
 func NewPlan(f Facts) Plan {
 	local := claimPrefixes(f.Self.Prefixes)
 	local = slices.DeleteFunc(local, func(p netip.Prefix) bool { return !anyCovers(f.ClusterCIDRs, p) })
-	pods := outside(f.LocalPods, local, f.ClusterCIDRs)
 
 	conflict, revoked := revocation(f.Self, f.Revoked)
 	if revoked {
@@ -25,6 +24,8 @@ func NewPlan(f Facts) Plan {
 	}
 	nodes := slices.DeleteFunc(slices.Clone(f.Nodes), func(n Node) bool { return n.Name == f.Self.Name })
 	owners := Owners(append(nodes, f.Self), f.ClusterCIDRs, f.Revoked)
+	f.LocalPods = remaining(f, owners)
+	pods := outside(f.LocalPods, local, f.ClusterCIDRs)
 
 	p := Plan{Conflicts: owners.Conflicts}
 	if revoked {
@@ -84,6 +85,41 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})
 		}
 	}
+}
+
+// remaining are the local pods without those that have moved: a pod whose late
+// DEL has not come yet (CNI: ADD x for A, ADD x for B, DEL x for A), while
+// another node has it by a newer claim than ours. A pod that we have not claimed
+// yet has only just come.
+func remaining(f Facts, owners Ownership) []netip.Addr {
+	if owners.Refused[f.Self.Name] {
+		return f.LocalPods // none of our claims was looked at
+	}
+	stands := map[netip.Prefix]bool{}
+	for _, p := range owners.Prefixes[f.Self.Name] {
+		stands[p] = true
+	}
+	lost := map[netip.Addr]bool{}
+	for _, c := range f.Self.Pods {
+		if p := c.Prefix.Masked(); p.IsSingleIP() && !stands[p] {
+			lost[p.Addr()] = true
+		}
+	}
+	if len(lost) == 0 {
+		return f.LocalPods
+	}
+	moved := map[netip.Addr]bool{}
+	for _, n := range f.Nodes {
+		if n.Name == f.Self.Name {
+			continue
+		}
+		for _, p := range owners.Prefixes[n.Name] {
+			for a := range lost {
+				moved[a] = moved[a] || p.Contains(a) && !slices.Contains(claimPrefixes(n.Prefixes), p)
+			}
+		}
+	}
+	return slices.DeleteFunc(slices.Clone(f.LocalPods), func(a netip.Addr) bool { return moved[a.Unmap()] })
 }
 
 // localRoutes are those that do not need the tunnel.

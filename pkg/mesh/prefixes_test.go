@@ -97,54 +97,6 @@ func TestSortPrefixes(t *testing.T) {
 	}
 }
 
-func TestAnnounce(t *testing.T) {
-	cluster := prefixes("10.244.0.0/16", "fd00::/16")
-	before := mesh.Node{Prefixes: claims(1, "10.244.1.0/24"), Pods: claims(2, "10.244.9.4/31", "10.244.9.8/32")}
-	own, single := mesh.Announce(
-		prefixes("10.244.7.3/24", "192.168.0.0/24", "10.244.1.0/24", "10.244.7.0/24", "fd00:7::/64"), cluster,
-		addrs("10.244.9.5", "10.244.9.4", "10.244.1.9", "10.244.9.9", "10.244.9.8", "192.168.0.9", "fd00:8::1", "10.244.9.4", "::ffff:10.244.9.11"), before, at(9))
-	// The order of the own prefixes stays: the first of a family has the tunnel address.
-	wantOwn := append(append(claims(9, "10.244.7.0/24"), claims(1, "10.244.1.0/24")...), claims(9, "fd00:7::/64")...)
-	if diff := cmp.Diff(wantOwn, own, byEqual); diff != "" {
-		t.Errorf("own (-want +got):\n%s", diff)
-	}
-	wantSingle := append(claims(2, "10.244.9.4/31"), claims(9, "10.244.9.8/31", "10.244.9.11/32", "fd00:8::1/128")...)
-	if diff := cmp.Diff(wantSingle, single, byEqual); diff != "" {
-		t.Errorf("single (-want +got):\n%s", diff)
-	}
-}
-
-// What a node announces covers exactly its pods, and announcing it again changes nothing.
-func TestAnnounceRandom(t *testing.T) {
-	rng := rand.New(rand.NewPCG(5, 6))
-	cluster, own := prefixes("10.1.2.192/26"), prefixes("10.1.2.224/29")
-	var before mesh.Node
-	for i := range 500 {
-		var pods []netip.Addr
-		want := map[netip.Addr]bool{}
-		for range rng.IntN(20) {
-			a := randomPrefix(rng, bases[0]).Addr()
-			pods = append(pods, a)
-			if !own[0].Contains(a) {
-				want[a] = true
-			}
-		}
-		gotOwn, single := mesh.Announce(own, cluster, pods, before, at(i))
-		var got []netip.Prefix
-		for _, c := range single {
-			got = append(got, c.Prefix)
-		}
-		if diff := cmp.Diff(want, cover(got), byEqual); diff != "" {
-			t.Fatalf("pods %v (-want +got):\n%s", pods, diff)
-		}
-		before.Prefixes, before.Pods = gotOwn, single
-		_, again := mesh.Announce(own, cluster, pods, before, at(i+1))
-		if diff := cmp.Diff(single, again, byEqual); diff != "" {
-			t.Fatalf("announced again (-want +got):\n%s", diff)
-		}
-	}
-}
-
 // an IPv6 underlay needs 20 bytes more (cilium#23917).
 func TestTunnelMTU(t *testing.T) {
 	four, six, mapped := endpoint("192.0.2.1:1"), endpoint("[2001:db8::1]:1"), endpoint("[::ffff:192.0.2.1]:1")

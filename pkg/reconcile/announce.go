@@ -45,6 +45,9 @@ func (l *Loop) announce(now time.Time) {
 	}
 	// Else the registry was rolled back: the others refuse what it has of us.
 	current := there && theirs.Revision >= accepted.Revision
+	if l.held = nil; current {
+		l.held = theirs.Pods
+	}
 	if current && theirs.SameContent(self) {
 		l.joined, l.rival = true, false
 		l.known.Self.Revision = theirs.Revision
@@ -92,7 +95,7 @@ func (l *Loop) hearPublished(r publishResult) {
 	record := r.offer.record
 	switch {
 	case r.err == nil:
-		l.joined, l.unpublished = true, ""
+		l.joined, l.unpublished, l.held = true, "", record.Pods
 		if record.Revision > l.known.Records.Nodes[record.Name].Revision {
 			l.known.Records.Nodes[record.Name] = record
 		}

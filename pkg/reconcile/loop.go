@@ -94,11 +94,14 @@ type Loop struct {
 	refusals    refusals         // of the registry's last word
 	rival       bool             // somebody else publishes under our name
 	outcast     bool             // our key is revoked, and that was said
-	pods        []netip.Addr     // attached to this node, as of the last pass
+	pods        []mesh.Pod       // attached to this node, as of the last pass
 	published   *registry.Record // what was published since the registry's last word
 	heard       bool             // the registry has told something since our record was last offered
 	offered     uint64           // the latest revision of our record that was offered in this run
 	publisher   *publisher
+	held        []mesh.Claim // single pods, as the registry has them of us
+	telling     bool
+	told        *Announced // what the plugin was told last
 
 	unpublishedSince time.Time
 	secretsError     string // why the secrets could not be read again
@@ -110,6 +113,9 @@ func (l *Loop) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if err := l.begin(ctx); err != nil {
+		return err
+	}
+	if err := l.beginTelling(); err != nil {
 		return err
 	}
 	kernelEvents, err := l.Kernel.Watch(ctx)
@@ -155,6 +161,7 @@ func (l *Loop) Run(ctx context.Context) error {
 			}
 		case result := <-l.publisher.results:
 			l.hearPublished(result)
+			l.tell()
 		case <-resync.C:
 			l.resync(ctx)
 		case <-wake.C:
@@ -328,7 +335,7 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 		return Outcome{}, ErrLeft
 	}
 	l.resolveEndpoints(ctx, now)
-	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, l.known.Self, now)
+	l.describeSelf(now)
 	l.known.MTU = FindMTU(l.underlay, l.known.Self, l.known.Records)
 	// Others hear of our pods while we work: the verbs have applied here what
 	// concerns the pods themselves.
@@ -351,13 +358,18 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	} else {
 		l.failing = ""
 		l.observed, l.moved = &o.Plan.State, nil
-		l.pods = store.Addresses(o.Pods)
-		l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, l.known.Self, now)
+		l.pods = store.Pods(o.Pods)
+		l.describeSelf(now)
 	}
 	l.announce(now)
+	l.tell()
 	l.save(ctx)
 	l.report(o, err)
 	return o, err
+}
+
+func (l *Loop) describeSelf(now time.Time) {
+	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, Rivals(l.known.Records, l.config.NodeName), l.known.Self, now)
 }
 
 // manyRefused is how many records that are refused at once are logged: whoever

@@ -216,10 +216,7 @@ func split(ops []mesh.Op) (local, others []mesh.Op) {
 
 // recordApplied lets the plugin's verbs take the short way from now on.
 func (p Pass) recordApplied(ctx context.Context) error {
-	now := store.Applied{Settings: Digest(p.Config.Settings), MTU: p.MTU(), At: p.Context.Now}
-	for _, c := range p.Known.Self.Prefixes {
-		now.Prefixes = append(now.Prefixes, c.Prefix)
-	}
+	now := p.Applied()
 	return withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error {
 		was, ok, err := st.Applied()
 		if same := ok && was.Settings == now.Settings && was.MTU == now.MTU && slices.Equal(was.Prefixes, now.Prefixes); err != nil || same {
@@ -227,6 +224,15 @@ func (p Pass) recordApplied(ctx context.Context) error {
 		}
 		return st.SetApplied(now)
 	})
+}
+
+// Applied describes the plan for the plugin's verbs.
+func (p Pass) Applied() store.Applied {
+	out := store.Applied{Settings: Digest(p.Config.Settings), MTU: p.MTU(), At: p.Context.Now}
+	for _, c := range p.Known.Self.Prefixes {
+		out.Prefixes = append(out.Prefixes, c.Prefix)
+	}
+	return out
 }
 
 // MTU of the interface and of the pods' links, in bytes: as configured, else as found.

@@ -31,7 +31,7 @@ func (l *Loop) sweep(ctx context.Context) {
 				l.Log.Info("forgot a pod whose network namespace is gone", "container", at.ContainerID, "ifname", at.IfName, "addresses", at.Addresses)
 			}
 		}
-		l.pods = store.Addresses(all)
+		l.pods = store.Pods(all)
 		if len(gone) == 0 {
 			return nil
 		}
@@ -97,7 +97,7 @@ func (l *Loop) adopt(ctx context.Context) {
 
 // podsChanged reports whether the store holds other pods than the last pass
 // planned with, as far as a plan depends on them: pods inside the node's own
-// prefixes come and go without a pass. It waits for the verb that woke us to end.
+// prefixes come and go without a pass, unless another node claims them. It waits for the verb that woke us to end.
 func (l *Loop) podsChanged(ctx context.Context) bool {
 	changed := true
 	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {
@@ -109,20 +109,47 @@ func (l *Loop) podsChanged(ctx context.Context) bool {
 		if err != nil {
 			return err
 		}
-		changed = !complete || !slices.Equal(l.outside(store.Addresses(all)), l.outside(l.pods))
+		now := store.Pods(all)
+		changed = !complete || l.matters(now, l.pods)
 		if complete { // else some are yet to be adopted
-			l.pods = store.Addresses(all)
+			l.pods = now
 		}
 		return nil
 	})
 	return changed || err != nil // the pass says what is wrong
 }
 
-// outside returns the addresses that none of this node's prefixes covers.
-func (l *Loop) outside(pods []netip.Addr) []netip.Addr {
-	return slices.DeleteFunc(slices.Clone(pods), func(a netip.Addr) bool {
-		return slices.ContainsFunc(l.known.Self.Prefixes, func(c mesh.Claim) bool { return c.Prefix.Contains(a) })
-	})
+// matters reports whether a plan or a record depends on what differs between
+// two sorted lists of pods.
+func (l *Loop) matters(now, before []mesh.Pod) bool {
+	var changed []netip.Addr
+	for i, j := 0, 0; i < len(now) || j < len(before); {
+		switch {
+		case j == len(before) || i < len(now) && now[i].Addr.Less(before[j].Addr):
+			changed = append(changed, now[i].Addr)
+			i++
+		case i == len(now) || before[j].Addr.Less(now[i].Addr):
+			changed = append(changed, before[j].Addr)
+			j++
+		default:
+			if !now[i].Equal(before[j]) {
+				changed = append(changed, now[i].Addr)
+			}
+			i, j = i+1, j+1
+		}
+	}
+	outside := func(a netip.Addr) bool {
+		return !slices.ContainsFunc(l.known.Self.Prefixes, func(c mesh.Claim) bool { return c.Prefix.Contains(a) })
+	}
+	if len(changed) == 0 || slices.ContainsFunc(changed, outside) {
+		return len(changed) > 0
+	}
+	for c := range Rivals(l.known.Records, l.config.NodeName) {
+		if slices.ContainsFunc(changed, c.Prefix.Contains) {
+			return true
+		}
+	}
+	return false
 }
 
 func withStore(ctx context.Context, runDir string, f func(*store.Attachments) error) error {

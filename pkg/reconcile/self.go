@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"context"
+	"iter"
 	"net"
 	"net/netip"
 	"slices"
@@ -20,8 +21,9 @@ import (
 )
 
 // SelfRecord is the record that a node publishes about itself, but for its
-// revision, which stays that of the record before.
-func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []netip.Addr, before registry.Record, now time.Time) registry.Record {
+// revision, which stays that of the record before. Rivals are the other nodes'
+// claims of single pods.
+func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []mesh.Pod, rivals iter.Seq[mesh.Claim], before registry.Record, now time.Time) registry.Record {
 	r := registry.Record{
 		Name: c.NodeName, PublicKey: key, Endpoints: Endpoints(c, u), Addresses: u.All,
 		Since: before.Since, Revision: before.Revision,
@@ -29,9 +31,27 @@ func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []neti
 	if before.Left || r.Since.IsZero() {
 		before, r.Since = registry.Record{Revision: before.Revision}, now
 	}
-	held := mesh.Node{Prefixes: before.Prefixes, Pods: before.Pods}
-	r.Prefixes, r.Pods = mesh.Announce(c.PodCIDRs, c.ClusterCIDRs, pods, held, now)
+	r.Prefixes, r.Pods = mesh.Announce(mesh.Announcement{
+		Prefixes: c.PodCIDRs, ClusterCIDRs: c.ClusterCIDRs, Pods: pods,
+		Before: mesh.Node{Prefixes: before.Prefixes, Pods: before.Pods}, Rivals: rivals,
+	}, now)
 	return r
+}
+
+// Rivals are the claims of single pods that all nodes but the named one make.
+func Rivals(records registry.Snapshot, name string) iter.Seq[mesh.Claim] {
+	return func(yield func(mesh.Claim) bool) {
+		for _, r := range records.Nodes {
+			if r.Left || r.Name == name {
+				continue
+			}
+			for _, c := range r.Pods {
+				if !yield(c) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // ReadTrust reads the cluster's secrets, where the configuration names any.
@@ -98,7 +118,7 @@ func Bootstrap(c config.Config, known store.Known, underlay func() (kernel.Under
 			// None found: the pods' own addresses are guarded one by one.
 			c.PodCIDRs, _ = config.FindPodCIDRs(c.Name, config.DefaultDir)
 		}
-		known.Self.Prefixes, _ = mesh.Announce(c.PodCIDRs, c.ClusterCIDRs, nil, mesh.Node{}, now)
+		known.Self.Prefixes, _ = mesh.Announce(mesh.Announcement{Prefixes: c.PodCIDRs, ClusterCIDRs: c.ClusterCIDRs}, now)
 	}
 	if known.MTU == 0 {
 		u, err := underlay()

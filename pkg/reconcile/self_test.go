@@ -94,11 +94,15 @@ func TestSelfRecord(t *testing.T) {
 				c.PodCIDRs = prefixes(tt.podCIDRs)
 			}
 			tt.want.Name, tt.want.PublicKey = "a", keyA
-			got := reconcile.SelfRecord(c, keyA, tt.underlay, tt.pods, tt.before, at(9))
+			var pods []mesh.Pod
+			for _, a := range tt.pods {
+				pods = append(pods, mesh.Pod{Addr: a})
+			}
+			got := reconcile.SelfRecord(c, keyA, tt.underlay, pods, nil, tt.before, at(9))
 			if diff := cmp.Diff(tt.want, got, byValue); diff != "" {
 				t.Errorf("record (-want +got):\n%s", diff)
 			}
-			again := reconcile.SelfRecord(c, keyA, tt.underlay, tt.pods, got, at(10))
+			again := reconcile.SelfRecord(c, keyA, tt.underlay, pods, nil, got, at(10))
 			if !again.Equal(got) {
 				t.Errorf("made again it differs: %+v", again)
 			}

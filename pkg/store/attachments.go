@@ -13,6 +13,8 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
 // Attachment is one interface of one pod, as ADD recorded it.
@@ -26,6 +28,9 @@ type Attachment struct {
 	Sandbox   string `json:"sandbox,omitempty"`
 	SandboxID uint64 `json:"sandboxID,omitempty"`
 	Pod       string `json:"pod,omitempty"` // namespace/name, if the runtime told
+	// Since is when the addresses were first attached to this container and
+	// interface. Zero in what an older version wrote.
+	Since time.Time `json:"since,omitzero"`
 	// Sequence orders attachments; Put sets it.
 	Sequence uint64 `json:"sequence"`
 }
@@ -212,6 +217,24 @@ func Addresses(all []Attachment) []netip.Addr {
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out)
+}
+
+// Pods are the same addresses with the time of the attachment that each belongs to.
+func Pods(all []Attachment) []mesh.Pod {
+	var out []mesh.Pod
+	latest := map[netip.Addr]int{}
+	for _, at := range all { // in the order of their sequence
+		for _, a := range at.Addresses {
+			i, there := latest[a]
+			if !there {
+				i, latest[a] = len(out), len(out)
+				out = append(out, mesh.Pod{Addr: a})
+			}
+			out[i].Since = at.Since
+		}
+	}
+	slices.SortFunc(out, func(p, q mesh.Pod) int { return p.Addr.Compare(q.Addr) })
+	return out
 }
 
 // IsDamage reports whether an error means that the store's content is broken.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -20,11 +21,16 @@ import (
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
+// announceTimeout bounds the wait for a pod outside of the node's prefixes to be
+// announced to the others. It takes milliseconds while all is well.
+const announceTimeout = 2 * time.Second
+
 // addTimeout bounds the wait for the store, which others hold for milliseconds.
 const addTimeout = 10 * time.Second
 
 // add records the pod and makes the node's plan hold for it. It talks to nobody
-// but the kernel and the node's own disk.
+// but the kernel and the node's own disk, where the helper says what it has
+// announced: the registry being away never keeps a pod from starting.
 func add(args *skel.CmdArgs) error {
 	r, err := readRequest(args)
 	if err != nil {
@@ -42,13 +48,15 @@ func add(args *skel.CmdArgs) error {
 
 	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
 	defer cancel()
-	mtu, err := attach(ctx, conf, at)
+	applied, err := attach(ctx, conf, &at)
 	if err != nil {
 		return err
 	}
-	if mtu, err = link.SetMTU(mtu); err != nil {
+	mtu, err := link.SetMTU(applied.MTU)
+	if err != nil {
 		return errors.Join(err, detach(ctx, conf.RunDir, &conf, sameAs(at)))
 	}
+	awaitAnnounced(ctx, conf, at, applied.Prefixes)
 	for _, i := range result.Interfaces {
 		if i.Sandbox != "" && i.Name == args.IfName {
 			i.Mtu = mtu
@@ -73,42 +81,58 @@ func notOwnNetns(args *skel.CmdArgs) error {
 	return nil
 }
 
+// awaitAnnounced waits a bounded time until the other nodes can know of a pod
+// that none of this node's prefixes covers.
+func awaitAnnounced(ctx context.Context, conf config.Config, at store.Attachment, own []netip.Prefix) {
+	outside := slices.DeleteFunc(slices.Clone(at.Addresses), func(a netip.Addr) bool {
+		return slices.ContainsFunc(own, func(p netip.Prefix) bool { return p.Contains(a) })
+	})
+	if len(outside) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, announceTimeout)
+	defer cancel()
+	if err := reconcile.AwaitAnnounced(ctx, conf.RunDir, outside, at.Since); err != nil {
+		warn("pod %s: other nodes do not reach it yet: %v", at.ContainerID, err)
+	}
+}
+
 // attach stores the attachment and applies what follows from it. It returns the
-// MTU that the pod's link must have, in bytes.
-func attach(ctx context.Context, conf config.Config, at store.Attachment) (int, error) {
+// plan that the pod is part of. An ADD that is repeated keeps the time of the first.
+func attach(ctx context.Context, conf config.Config, at *store.Attachment) (applied store.Applied, err error) {
 	k, err := kernel.Open(kernel.Config{Interface: conf.Interface, PrivateKey: identity.Revealer(conf.StateDir)})
 	if err != nil {
-		return 0, err
+		return applied, err
 	}
 	defer k.Close()
 
 	applied, short, err := attachShort(ctx, conf, at, k)
 	if err != nil {
-		return 0, fmt.Errorf("record the pod in %s: %w", store.AttachmentsPath(conf.RunDir), err)
+		return applied, fmt.Errorf("record the pod in %s: %w", store.AttachmentsPath(conf.RunDir), err)
 	}
 	if short {
-		return applied.MTU, nil
+		return applied, nil
 	}
 	// Nothing has been applied since the node booted, or not from this
 	// configuration, or somebody broke it: the whole plan, from what is known.
 	pass, err := wholePass(ctx, conf, k)
 	if err != nil {
-		return 0, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(at)))
+		return applied, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
 	}
 	_, err = pass.Run(ctx)
 	switch {
 	case errors.Is(err, kernel.ErrNoWireGuard):
 		warn("pod %s: no traffic to other nodes until wgcnid runs: %v", at.ContainerID, err)
 	case err != nil:
-		return 0, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(at)))
+		return applied, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
 	}
-	return pass.MTU(), nil
+	return pass.Applied(), nil
 }
 
 // attachShort stores the attachment, and applies the little that it changes if
 // the node has its plan already. It does both under the store's lock, so that
 // the kernel and the store agree whatever ADDs and DELs run beside it.
-func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k *kernel.Kernel) (applied store.Applied, short bool, err error) {
+func attachShort(ctx context.Context, conf config.Config, at *store.Attachment, k *kernel.Kernel) (applied store.Applied, short bool, err error) {
 	st, err := store.OpenAttachments(ctx, conf.RunDir)
 	if err != nil {
 		return applied, false, err
@@ -121,14 +145,14 @@ func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k
 	if err != nil {
 		return applied, false, err
 	}
-	if err := st.Put(at); err != nil {
+	if err := st.Put(*at); err != nil {
 		return applied, false, err
 	}
 	applied, ok, err := st.Applied()
 	if err != nil || !ok || applied.Settings != reconcile.Digest(conf.Settings) {
 		return applied, false, err
 	}
-	after := append(slices.DeleteFunc(slices.Clone(before), sameAs(at)), at)
+	after := append(slices.DeleteFunc(slices.Clone(before), sameAs(*at)), *at)
 	if err := k.Apply(reconcile.PodChange(conf, applied.Prefixes, before, after)); err != nil {
 		warn("pod %s: %v; applying the whole plan", at.ContainerID, err)
 		return applied, false, nil
@@ -139,10 +163,15 @@ func attachShort(ctx context.Context, conf config.Config, at store.Attachment, k
 // affected returns the attachments that the plan before and after an ADD must be
 // made from for the two to differ by all that the ADD changes, and by nothing
 // less: an ADD that is repeated applies its part again, since the first may have
-// been cut off. All others matter only to one that takes addresses away.
-func affected(st *store.Attachments, at store.Attachment) ([]store.Attachment, error) {
+// been cut off; it keeps the time of the first. All others matter only to one that
+// takes addresses away.
+func affected(st *store.Attachments, at *store.Attachment) ([]store.Attachment, error) {
 	old, there, err := st.Get(at.ContainerID, at.IfName)
-	if err == nil && (!there || slices.Equal(old.Addresses, at.Addresses)) {
+	if err == nil && !there {
+		return nil, nil
+	}
+	if err == nil && slices.Equal(old.Addresses, at.Addresses) {
+		at.Since = old.Since
 		return nil, nil
 	}
 	return st.All()

@@ -105,10 +105,11 @@ func readReport(runDir string) (r reconcile.Report, err error) {
 // cachedAttachments reads libcni's result cache: pods that were there before
 // wgcni, or that a damaged store has lost.
 func cachedAttachments(c config.Config) ([]store.Attachment, error) {
-	return adoptable(libcni.NewCNIConfig(nil, nil), c)
+	return adoptable(libcni.CacheDir, c)
 }
 
-func adoptable(cni *libcni.CNIConfig, c config.Config) ([]store.Attachment, error) {
+func adoptable(cacheDir string, c config.Config) ([]store.Attachment, error) {
+	cni := libcni.NewCNIConfigWithCacheDir(nil, cacheDir, nil)
 	cached, err := cni.GetCachedAttachments("")
 	if err != nil {
 		return nil, err
@@ -131,6 +132,7 @@ func adoptable(cni *libcni.CNIConfig, c config.Config) ([]store.Attachment, erro
 			errs = append(errs, fmt.Errorf("cached result of %s: %w", a.ContainerID, err))
 			continue
 		}
+		at.Since = cachedSince(cacheDir, a)
 		out = append(out, at)
 	}
 	return out, errors.Join(errs...)
@@ -140,6 +142,16 @@ func adoptable(cni *libcni.CNIConfig, c config.Config) ([]store.Attachment, erro
 // our own network may be older than its wgcni entry.
 func chainsWgcni(list *libcni.NetworkConfigList) bool {
 	return slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return p.Network.Type == config.PluginType })
+}
+
+// cachedSince is when libcni kept a result, which is just after the ADD; zero if
+// that cannot be told.
+func cachedSince(cacheDir string, a *libcni.NetworkAttachment) time.Time {
+	info, err := os.Stat(filepath.Join(cacheDir, "results", a.Network+"-"+a.ContainerID+"-"+a.IfName))
+	if err != nil {
+		return time.Time{}
+	}
+	return info.ModTime()
 }
 
 func fromCache(cni *libcni.CNIConfig, list *libcni.NetworkConfigList, a *libcni.NetworkAttachment) (store.Attachment, error) {

@@ -103,7 +103,7 @@ func TestAdoptable(t *testing.T) {
 	r.add("1.0.0", "others", "ptp wgcni", "chained-elsewhere", ownNetns, "10.244.200.7/32")
 	r.add("1.0.0", "others", "ptp", "not-ours", ownNetns, "10.9.9.9/32")
 	r.add("1.0.0", "pods", "bridge wgcni", "gone", "/var/run/netns/gone", "10.244.1.8/24")
-	got, err := adoptable(r.CNIConfig, config.Config{Name: "pods"})
+	got, err := adoptable(r.cache, config.Config{Name: "pods"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,8 +119,14 @@ func TestAdoptable(t *testing.T) {
 		at("pods", "older-than-wgcni", "10.244.1.6"), at("pods", "oldest", "10.244.1.7"),
 	}
 	byContainer := cmpopts.SortSlices(func(a, b store.Attachment) int { return strings.Compare(a.ContainerID, b.ContainerID) })
-	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}), byContainer); diff != "" {
+	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}), byContainer, cmpopts.IgnoreFields(store.Attachment{}, "Since")); diff != "" {
 		t.Errorf("attachments (-want +got):\n%s", diff)
+	}
+	for _, a := range got { // a pod that has moved since must not look newer than it is
+		info, err := os.Stat(filepath.Join(r.cache, "results", a.Network+"-"+a.ContainerID+"-eth0"))
+		if err != nil || !a.Since.Equal(info.ModTime()) {
+			t.Errorf("%s: since %v, the result was cached at %v (%v)", a.ContainerID, a.Since, info.ModTime(), err)
+		}
 	}
 }
 
@@ -148,7 +154,7 @@ func TestAdoptableBesideBadEntries(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(r.cache, "results", "pods-torn-eth0"), []byte(`{"kind`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	got, err := adoptable(r.CNIConfig, config.Config{Name: "pods"})
+	got, err := adoptable(r.cache, config.Config{Name: "pods"})
 	if len(got) != 1 || got[0].ContainerID != "good" {
 		t.Errorf("attachments %+v", got)
 	}
@@ -158,8 +164,7 @@ func TestAdoptableBesideBadEntries(t *testing.T) {
 }
 
 func TestAdoptableWithoutCache(t *testing.T) {
-	cni := libcni.NewCNIConfigWithCacheDir(nil, filepath.Join(t.TempDir(), "none"), nil)
-	if got, err := adoptable(cni, config.Config{Name: "pods"}); err != nil || len(got) != 0 {
+	if got, err := adoptable(filepath.Join(t.TempDir(), "none"), config.Config{Name: "pods"}); err != nil || len(got) != 0 {
 		t.Errorf("%v, %v", got, err)
 	}
 }

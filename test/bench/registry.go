@@ -35,7 +35,7 @@ func makeRecords(nodes int, trust registry.Trust) ([]registry.Record, error) {
 		}
 		c.ClusterCIDRs, c.ListenPort = []netip.Prefix{netip.MustParsePrefix(clusterCIDR)}, config.DefaultListenPort
 		own := []netip.Addr{netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})}
-		r := reconcile.SelfRecord(c, key.PublicKey(), kernel.Underlay{Addresses: own, All: own}, nil, registry.Record{}, now)
+		r := reconcile.SelfRecord(c, key.PublicKey(), kernel.Underlay{Addresses: own, All: own}, nil, nil, registry.Record{}, now)
 		r.Revision = registry.NextRevision(0, now)
 		if r, err = trust.Seal(r); err == nil {
 			err = r.Validate()
