@@ -96,6 +96,7 @@ func newest(pods []Pod) []Pod {
 	pods = slices.Clone(pods)
 	for i := range pods {
 		pods[i].Addr = pods[i].Addr.Unmap() // net.IP's 16 byte form would be in no IPv4 prefix, and its pod unprotected
+		pods[i].Since = ClaimTime(pods[i].Since)
 	}
 	slices.SortStableFunc(pods, func(p, q Pod) int { return cmp.Or(p.Addr.Compare(q.Addr), q.Since.Compare(p.Since)) })
 	return slices.CompactFunc(pods, func(p, q Pod) bool { return p.Addr == q.Addr })

@@ -22,7 +22,7 @@ func attached(since int, addresses ...string) (pods []mesh.Pod) {
 
 func TestAnnounce(t *testing.T) {
 	cluster, own := prefixes("10.244.0.0/16", "fd00::/16"), prefixes("10.244.1.0/24")
-	plus := func(sets ...[]mesh.Claim) []mesh.Claim { return slices.Concat(sets...) }
+	plus := slices.Concat[[]mesh.Claim]
 	for _, tt := range []struct {
 		name   string
 		pods   []mesh.Pod

@@ -69,6 +69,9 @@ type Claim struct {
 	Since time.Time `json:"since"`
 }
 
+// ClaimTime is a time as claims have it: in UTC, and in whole milliseconds.
+func ClaimTime(t time.Time) time.Time { return t.UTC().Truncate(time.Millisecond) }
+
 // Node is one machine of the mesh, as its record describes it.
 type Node struct {
 	Name      string

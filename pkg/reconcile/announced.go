@@ -31,6 +31,7 @@ func (a Announced) equal(b Announced) bool {
 
 // covers reports whether a pod's address has been announced since it was attached.
 func (a Announced) covers(addr netip.Addr, since time.Time) bool {
+	since = mesh.ClaimTime(since)
 	return slices.ContainsFunc(a.Pods, func(c mesh.Claim) bool { return c.Prefix.Contains(addr) && !c.Since.Before(since) })
 }
 

@@ -84,16 +84,14 @@ func (r Record) normal() Record {
 	r.Addresses = orNil(r.Addresses)
 	r.Prefixes = normalClaims(r.Prefixes)
 	r.Pods = normalClaims(r.Pods)
-	r.Since = normalTime(r.Since)
+	r.Since = mesh.ClaimTime(r.Since)
 	return r
 }
-
-func normalTime(t time.Time) time.Time { return t.UTC().Truncate(time.Millisecond) }
 
 func normalClaims(claims []mesh.Claim) []mesh.Claim {
 	out := orNil(slices.Clone(claims))
 	for i := range out {
-		out[i].Since = normalTime(out[i].Since)
+		out[i].Since = mesh.ClaimTime(out[i].Since)
 	}
 	return out
 }
@@ -108,7 +106,7 @@ func orNil[S ~[]E, E any](s S) S {
 // Equal reports whether both records have the same stored form.
 func (r Record) Equal(o Record) bool {
 	return r.Name == o.Name && r.PublicKey == o.PublicKey && r.Revision == o.Revision && r.Left == o.Left &&
-		normalTime(r.Since).Equal(normalTime(o.Since)) &&
+		mesh.ClaimTime(r.Since).Equal(mesh.ClaimTime(o.Since)) &&
 		slices.Equal(r.Endpoints, o.Endpoints) && slices.Equal(r.Addresses, o.Addresses) &&
 		slices.EqualFunc(r.Prefixes, o.Prefixes, sameClaim) && slices.EqualFunc(r.Pods, o.Pods, sameClaim) &&
 		maps.EqualFunc(r.Extra, o.Extra, func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) && r.Seal == o.Seal
@@ -127,5 +125,5 @@ func (r Record) Revoked() (wgtypes.Key, bool) {
 }
 
 func sameClaim(a, b mesh.Claim) bool {
-	return a.Prefix == b.Prefix && normalTime(a.Since).Equal(normalTime(b.Since))
+	return a.Prefix == b.Prefix && mesh.ClaimTime(a.Since).Equal(mesh.ClaimTime(b.Since))
 }

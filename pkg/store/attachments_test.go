@@ -18,6 +18,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
 // writerMarker makes the test binary a process that writes to a store.
@@ -312,5 +314,19 @@ func TestConcurrentProcesses(t *testing.T) {
 		if a.Sequence != uint64(i+1) {
 			t.Fatalf("sequence %d at %d: two had the same", a.Sequence, i)
 		}
+	}
+}
+
+// Of two attachments with one address the later one says since when it is there.
+func TestPods(t *testing.T) {
+	early, late := time.UnixMilli(1), time.UnixMilli(2)
+	a, b := netip.MustParseAddr("10.244.1.5"), netip.MustParseAddr("10.244.1.4")
+	got := Pods([]Attachment{
+		{ContainerID: "x", Addresses: []netip.Addr{a, b}, Since: late, Sequence: 1},
+		{ContainerID: "y", Addresses: []netip.Addr{a}, Since: early, Sequence: 2},
+	})
+	want := []mesh.Pod{{Addr: b, Since: late}, {Addr: a, Since: early}}
+	if !slices.EqualFunc(want, got, mesh.Pod.Equal) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }

@@ -62,7 +62,7 @@ func prevResult(stdin []byte) (*current.Result, error) {
 func attachment(conf config.Config, args *skel.CmdArgs, result *current.Result) (store.Attachment, error) {
 	at := store.Attachment{
 		Network: conf.Name, ContainerID: args.ContainerID, IfName: args.IfName,
-		Sandbox: args.Netns, SandboxID: kernel.SandboxID(args.Netns), Pod: podName(args.Args), Since: time.Now(),
+		Sandbox: args.Netns, SandboxID: kernel.SandboxID(args.Netns), Pod: podName(args.Args), Since: mesh.ClaimTime(time.Now()),
 	}
 	inCluster := func(a netip.Addr) bool {
 		return slices.ContainsFunc(conf.ClusterCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
