@@ -228,7 +228,7 @@ func checkNumbers(c *Config, raw rawStanza) error {
 		return &Error{"table", strconv.Itoa(c.Table) + " is the kernel's own (local, main, default)", "use another"}
 	}
 	if raw.MTU != nil {
-		if err := within("mtu", *raw.MTU, 1280, 65535); err != nil {
+		if err := within("mtu", *raw.MTU, mesh.LeastMTU(c.ClusterCIDRs), 65535); err != nil {
 			return err
 		}
 		c.MTU = *raw.MTU

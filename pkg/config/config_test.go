@@ -89,8 +89,9 @@ var wrongs = []wrong{
 	{object(`"listenPort": 0`), "listenPort", "1 to 65535"},
 	{object(`"listenPort": 65536`), "listenPort", "1 to 65535"},
 	{object(`"mtu": "1420"`), "mtu", "whole number"},
-	{object(`"mtu": 0`), "mtu", "1280"},
-	{object(`"mtu": 1279`), "mtu", "1280"},
+	{object(`"mtu": 0`), "mtu", "576"},
+	{object(`"mtu": 575`), "mtu", "576"},
+	{`{"mtu": 1279, "clusterCIDRs": ["10.244.0.0/16", "fd00:244::/32"], ` + registry + `}`, "mtu", "1280"},
 	{object(`"mtu": 65536`), "mtu", "65535"},
 	{object(`"keepalive": "25s"`), "keepalive", "whole number"},
 	{object(`"keepalive": -1`), "keepalive", "0 to 65535"},
@@ -300,7 +301,7 @@ var values = map[string]struct {
 	"endpoint":          {`"[2001:db8::1]:51821"`, func(c *Config) { c.Endpoint = "[2001:db8::1]:51821" }},
 	"interface":         {`"wg.pods_1-a"`, func(c *Config) { c.Interface = "wg.pods_1-a" }},
 	"listenPort":        {`1`, func(c *Config) { c.ListenPort = 1 }},
-	"mtu":               {`1280`, func(c *Config) { c.MTU = 1280 }},
+	"mtu":               {`576`, func(c *Config) { c.MTU = 576 }},
 	"keepalive":         {`25`, func(c *Config) { c.Keepalive = 25 * time.Second }},
 	"fwmark":            {`"0x10"`, func(c *Config) { c.FwMark = 0x10 }},
 	"table":             {`256`, func(c *Config) { c.Table = 256 }},
@@ -557,7 +558,7 @@ func FuzzStanza(f *testing.F) {
 			}
 		default:
 			if len(c.ClusterCIDRs) == 0 || c.ListenPort < 1 || c.ListenPort > 65535 || c.FwMark&(c.FwMark-1) != 0 || c.FwMark == 0 ||
-				c.RunDir == c.StateDir || c.NodeName == "" || c.MTU != 0 && c.MTU < 1280 ||
+				c.RunDir == c.StateDir || c.NodeName == "" || c.MTU != 0 && c.MTU < mesh.LeastMTU(c.ClusterCIDRs) ||
 				c.SecretFile == "" && !c.AcceptUnsealed || c.SecretFile != "" && !filepath.IsAbs(c.SecretFile) || !soundRegistry(c.Registry) {
 				t.Errorf("accepted: %+v", c)
 			}

@@ -356,15 +356,23 @@ ip -n pod link add eth9 type bridge`)
 		t.Fatal(err)
 	}
 	defer p.Close()
-	if got, err := p.SetMTU(1420); got != 1420 || err != nil {
-		t.Errorf("SetMTU: %d, %v", got, err)
+	for _, mtu := range []int{1420, 1220, 1440} {
+		if err := p.SetMTU(mtu); err != nil || p.MTU() != mtu {
+			t.Errorf("SetMTU(%d): %d, %v", mtu, p.MTU(), err)
+		}
+		for _, line := range []string{"ip link show v0", "ip -n pod link show eth0"} {
+			if out := sh(t, line); !strings.Contains(out, fmt.Sprintf("mtu %d ", mtu)) {
+				t.Errorf("%s: %s", line, out)
+			}
+		}
 	}
-	if got, err := p.SetMTU(1500); got != 1420 || err != nil {
-		t.Errorf("a larger MTU: %d, %v; want the smaller one to stay", got, err)
+	if got, err := p.Fit(1220); got != 1220 || err != nil {
+		t.Errorf("without an IPv6 address: %d, %v", got, err)
 	}
-	for _, line := range []string{"ip link show v0", "ip -n pod link show eth0"} {
-		if out := sh(t, line); !strings.Contains(out, "mtu 1420") {
-			t.Errorf("%s: %s", line, out)
+	sh(t, "ip -n pod addr add 2001:db8::7/64 dev eth0 nodad")
+	for tunnel, want := range map[int]int{1220: 1280, 1280: 1280, 1420: 1420} {
+		if got, err := p.Fit(tunnel); got != want || err != nil {
+			t.Errorf("with an IPv6 address over %d: %d, %v; want %d", tunnel, got, err, want)
 		}
 	}
 	for _, name := range []string{"spare", "eth9"} {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -87,22 +88,52 @@ func (p *PodLink) Close() {
 // MTU is that of the pod's end, in bytes.
 func (p *PodLink) MTU() int { return p.link.Attrs().MTU }
 
-// SetMTU sets the MTU of both ends, in bytes; one that is smaller already stays.
-// It returns what the pod's end has then.
-func (p *PodLink) SetMTU(mtu int) (int, error) {
-	if have := p.link.Attrs().MTU; have <= mtu {
-		return have, nil
+// Fit is the MTU, in bytes, that the link may have over a tunnel of that MTU. It is
+// the tunnel's, but where the pod has an IPv6 address no less than IPv6 needs: Linux
+// would take the address off (addrconf_notify in net/ipv6/addrconf.c). What the
+// tunnel cannot carry is then refused by this node, with the size that it can.
+func (p *PodLink) Fit(tunnel int) (int, error) {
+	if tunnel >= ipv6MinMTU {
+		return tunnel, nil
 	}
-	if p.peer.Attrs().MTU > mtu {
+	addrs, err := p.pod.AddrList(p.link, netlink.FAMILY_V6)
+	if err != nil {
+		return 0, fmt.Errorf("list the addresses of the pod's %s: %w", p.link.Attrs().Name, err)
+	}
+	if slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return !a.IP.IsLinkLocalUnicast() }) {
+		return ipv6MinMTU, nil
+	}
+	return tunnel, nil
+}
+
+// ipv6MinMTU is IPV6_MIN_MTU of <linux/ipv6.h>, in bytes.
+const ipv6MinMTU = 1280
+
+// SetMTU sets the MTU of both ends, in bytes. The node's end is never the smaller
+// one, not for a moment: it would drop what the pod sends, without a word.
+func (p *PodLink) SetMTU(mtu int) error {
+	node := func() error {
 		if err := p.node.LinkSetMTU(p.peer, mtu); err != nil {
-			return 0, fmt.Errorf("set the MTU of %s to %d: %w", p.peer.Attrs().Name, mtu, err)
+			return fmt.Errorf("set the MTU of %s to %d: %w", p.peer.Attrs().Name, mtu, err)
+		}
+		p.peer.Attrs().MTU = mtu
+		return nil
+	}
+	if p.peer.Attrs().MTU < mtu {
+		if err := node(); err != nil {
+			return err
 		}
 	}
-	if err := p.pod.LinkSetMTU(p.link, mtu); err != nil {
-		return 0, fmt.Errorf("set the MTU of the pod's %s to %d: %w", p.link.Attrs().Name, mtu, err)
+	if p.link.Attrs().MTU != mtu {
+		if err := p.pod.LinkSetMTU(p.link, mtu); err != nil {
+			return fmt.Errorf("set the MTU of the pod's %s to %d: %w", p.link.Attrs().Name, mtu, err)
+		}
+		p.link.Attrs().MTU = mtu
 	}
-	p.link.Attrs().MTU, p.peer.Attrs().MTU = mtu, min(p.peer.Attrs().MTU, mtu)
-	return mtu, nil
+	if p.peer.Attrs().MTU > mtu {
+		return node()
+	}
+	return nil
 }
 
 // nsfsMagic is the file system of namespace files, NSFS_MAGIC of <linux/magic.h>.

@@ -14,7 +14,7 @@ import (
 type Underlay struct {
 	// Addresses that a default route uses as source, IPv4 first; at most one a family.
 	Addresses []netip.Addr
-	// MTU is the least of the interfaces in question, in bytes; 0 if there is none.
+	// MTU is the least of those routes and their interfaces, in bytes; 0 if there is none.
 	MTU int
 	// All are the machine's global addresses on those interfaces, sorted.
 	All []netip.Addr
@@ -47,7 +47,11 @@ func (k *Kernel) Underlay() (Underlay, error) {
 			return Underlay{}, err
 		}
 		u.All = append(u.All, addrs...)
-		if mtu := link.Attrs().MTU; u.MTU == 0 || mtu < u.MTU {
+		mtu := link.Attrs().MTU
+		if route.MTU != 0 {
+			mtu = min(mtu, route.MTU) // by hand, or by a router's advertisement (RFC 4861, section 4.6.4)
+		}
+		if u.MTU == 0 || mtu < u.MTU {
 			u.MTU = mtu
 		}
 		if src, ok := netipx.FromStdIP(route.Src); ok {

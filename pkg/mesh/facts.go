@@ -3,6 +3,7 @@ package mesh
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -137,17 +138,26 @@ type Facts struct {
 // hasKey reports whether k is set.
 func hasKey(k wgtypes.Key) bool { return k != wgtypes.Key{} }
 
-// TunnelMTU is the largest packet, in bytes, that fits into one underlay packet
-// once WireGuard has wrapped it: the underlay's MTU less 60 when every endpoint
-// is IPv4, less 80 otherwise (outer header 20 or 40, UDP 8, WireGuard 32; see
-// "Protocol" on wireguard.com). It never goes below 1280, the least that
-// IPv6 allows.
-func TunnelMTU(underlay int, endpoints []netip.AddrPort) int {
+// Room is the largest packet, in bytes, that fits into one underlay packet once
+// WireGuard has wrapped it: the underlay's MTU less 60 when every endpoint is
+// IPv4, less 80 otherwise (outer header 20 or 40, UDP 8, WireGuard 32; see
+// "Protocol" on wireguard.com).
+func Room(underlay int, endpoints []netip.AddrPort) int {
 	overhead := 60
 	for _, e := range endpoints {
 		if e.Addr().IsValid() && !e.Addr().Unmap().Is4() {
 			overhead = 80
 		}
 	}
-	return max(underlay-overhead, 1280)
+	return underlay - overhead
+}
+
+// LeastMTU is the least MTU, in bytes, that the interface and the pods' links may
+// have: 1280 for IPv6 (RFC 8200, section 5), which Linux takes off a link with
+// less, and 576 for IPv4, which every host accepts (RFC 791).
+func LeastMTU(clusterCIDRs []netip.Prefix) int {
+	if slices.ContainsFunc(clusterCIDRs, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		return 1280
+	}
+	return 576
 }

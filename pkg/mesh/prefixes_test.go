@@ -98,7 +98,7 @@ func TestSortPrefixes(t *testing.T) {
 }
 
 // an IPv6 underlay needs 20 bytes more (cilium#23917).
-func TestTunnelMTU(t *testing.T) {
+func TestRoom(t *testing.T) {
 	four, six, mapped := endpoint("192.0.2.1:1"), endpoint("[2001:db8::1]:1"), endpoint("[::ffff:192.0.2.1]:1")
 	for _, tt := range []struct {
 		underlay  int
@@ -110,10 +110,20 @@ func TestTunnelMTU(t *testing.T) {
 		{1500, []netip.AddrPort{six}, 1420},
 		{1500, []netip.AddrPort{four, six, four}, 1420},
 		{9001, []netip.AddrPort{four}, 8941},
-		{1300, []netip.AddrPort{six}, 1280},
+		{1280, []netip.AddrPort{six}, 1200},
 	} {
-		if got := mesh.TunnelMTU(tt.underlay, tt.endpoints); got != tt.want {
-			t.Errorf("TunnelMTU(%d, %v) = %d, want %d", tt.underlay, tt.endpoints, got, tt.want)
+		if got := mesh.Room(tt.underlay, tt.endpoints); got != tt.want {
+			t.Errorf("Room(%d, %v) = %d, want %d", tt.underlay, tt.endpoints, got, tt.want)
 		}
+	}
+}
+
+func TestLeastMTU(t *testing.T) {
+	four, six := netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")
+	if got := mesh.LeastMTU([]netip.Prefix{four}); got != 576 {
+		t.Errorf("IPv4: %d", got)
+	}
+	if got := mesh.LeastMTU([]netip.Prefix{four, six}); got != 1280 {
+		t.Errorf("both: %d", got)
 	}
 }

@@ -105,6 +105,8 @@ type Loop struct {
 
 	unpublishedSince time.Time
 	secretsError     string // why the secrets could not be read again
+	fragments        string // why full-size packets leave in fragments
+	unfit            string // the pods' links that could not be given the tunnel's MTU
 }
 
 // Run keeps at it until ctx ends. It then leaves the kernel as it is: traffic
@@ -336,7 +338,8 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	}
 	l.resolveEndpoints(ctx, now)
 	l.describeSelf(now)
-	l.known.MTU = FindMTU(l.underlay, l.known.Self, l.known.Records)
+	l.known.MTU = FindMTU(l.config, l.underlay, l.known.Self, l.known.Records)
+	l.warnOfFragments()
 	// Others hear of our pods while we work: the verbs have applied here what
 	// concerns the pods themselves.
 	l.announce(now)
@@ -361,6 +364,7 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 		l.pods = store.Pods(o.Pods)
 		l.describeSelf(now)
 	}
+	l.logLinks(o)
 	l.announce(now)
 	l.tell()
 	l.save(ctx)
@@ -392,6 +396,29 @@ func (l *Loop) logOps(ops []mesh.Op) {
 	for _, op := range ops {
 		l.Log.Log(context.Background(), level, "apply", "op", op.String())
 	}
+}
+
+// logLinks says once which pods' links have changed, and which could not be.
+func (l *Loop) logLinks(o Outcome) {
+	if len(o.Fitted) > 0 {
+		l.Log.Info("links of pods follow the tunnel's MTU", "mtu", mtuOf(l.config, l.known), "pods", len(o.Fitted))
+	}
+	unfit := ""
+	if o.LinksError != nil {
+		if unfit = o.LinksError.Error(); unfit != l.unfit {
+			l.Log.Warn("links of pods do not follow the tunnel's MTU; trying again at every pass", "error", unfit)
+		}
+	}
+	l.unfit = unfit
+}
+
+// warnOfFragments says once that packets of full size do not fit into the underlay's.
+func (l *Loop) warnOfFragments() {
+	note := FragmentsNote(l.config, l.underlay, l.known)
+	if note != "" && note != l.fragments {
+		l.Log.Warn(note)
+	}
+	l.fragments = note
 }
 
 func (l *Loop) resolveEndpoints(ctx context.Context, now time.Time) {

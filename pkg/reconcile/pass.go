@@ -1,7 +1,6 @@
 package reconcile
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -115,6 +114,11 @@ type Outcome struct {
 	Ops      []mesh.Op // empty: the kernel held the plan already
 	Pods     []store.Attachment
 	Damaged  *store.Damaged // the store, if it had to be replaced
+
+	// Fitted are the pods whose links were given the tunnel's MTU. LinksError says
+	// which could not be, and why; Run itself does not fail for it.
+	Fitted     []store.Attachment
+	LinksError error
 }
 
 // Compare observes and plans, and changes nothing: Ops is what Run would do.
@@ -169,7 +173,9 @@ func (p Pass) Run(ctx context.Context) (Outcome, error) {
 	_, others := split(o.Ops)
 	err = p.Kernel.Apply(others)
 	if err == nil || errors.Is(err, kernel.ErrNoWireGuard) {
-		err = errors.Join(err, p.recordApplied(ctx))
+		pods, rerr := p.recordApplied(ctx, o.Pods)
+		err = errors.Join(err, rerr)
+		o.Fitted, o.LinksError = p.fitLinks(ctx, pods)
 	}
 	return o, err
 }
@@ -214,16 +220,23 @@ func split(ops []mesh.Op) (local, others []mesh.Op) {
 	return local, others
 }
 
-// recordApplied lets the plugin's verbs take the short way from now on.
-func (p Pass) recordApplied(ctx context.Context) error {
+// recordApplied lets the plugin's verbs take the short way from now on. It returns
+// the pods that are not known to go by this record yet, of those seen before.
+func (p Pass) recordApplied(ctx context.Context, seen []store.Attachment) (pods []store.Attachment, err error) {
 	now := p.Applied()
-	return withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error {
+	pods = seen
+	err = withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error {
 		was, ok, err := st.Applied()
 		if same := ok && was.Settings == now.Settings && was.MTU == now.MTU && slices.Equal(was.Prefixes, now.Prefixes); err != nil || same {
 			return err
 		}
-		return st.SetApplied(now)
+		if err := st.SetApplied(now); err != nil {
+			return err
+		}
+		pods, err = st.All() // those too that came while we were at it
+		return err
 	})
+	return pods, err
 }
 
 // Applied describes the plan for the plugin's verbs.
@@ -234,11 +247,6 @@ func (p Pass) Applied() store.Applied {
 	}
 	return out
 }
-
-// MTU of the interface and of the pods' links, in bytes: as configured, else as found.
-func (p Pass) MTU() int { return mtuOf(p.Config, p.Known) }
-
-func mtuOf(c config.Config, known store.Known) int { return cmp.Or(c.MTU, known.MTU) }
 
 // PodChange is the part of the plan that one pod's coming or going changes: the
 // ops between the plan before and the plan after, both without any other node.

@@ -86,28 +86,6 @@ func Endpoints(c config.Config, u kernel.Underlay) []string {
 	return out
 }
 
-// FindMTU is the tunnel's MTU, in bytes: by the underlay, and by the families of
-// all endpoints there are. Without an underlay it is what Ethernet allows.
-func FindMTU(u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
-	var all []netip.AddrPort // in whatever order
-	look := func(endpoints []string) {
-		for _, e := range endpoints {
-			if a, err := netip.ParseAddrPort(e); err == nil {
-				all = append(all, a)
-			}
-		}
-	}
-	look(self.Endpoints)
-	for _, r := range records.Nodes {
-		look(r.Endpoints)
-	}
-	underlay := u.MTU
-	if underlay == 0 {
-		underlay = 1500
-	}
-	return mesh.TunnelMTU(underlay, all)
-}
-
 // Bootstrap completes what is known on a node where the helper has not run yet:
 // its own prefixes and the MTU, from the configuration and the underlay alone.
 // The plugin's stanza does not say what ranges its siblings have, so that they
@@ -127,7 +105,7 @@ func Bootstrap(c config.Config, known store.Known, underlay func() (kernel.Under
 		}
 		self := known.Self
 		self.Endpoints = Endpoints(c, u)
-		known.MTU = FindMTU(u, self, known.Records)
+		known.MTU = FindMTU(c, u, self, known.Records)
 	}
 	return known, nil
 }

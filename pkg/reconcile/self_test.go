@@ -130,37 +130,6 @@ func TestEndpoints(t *testing.T) {
 	}
 }
 
-func TestFindMTU(t *testing.T) {
-	reachedAt := func(name string, endpoints ...string) registry.Record {
-		return registry.Record{Name: name, Revision: 1, Endpoints: endpoints}
-	}
-	v4, v6 := reachedAt("b", "192.0.2.2:1"), reachedAt("c", "[2001:db8::3]:1")
-	for _, tt := range []struct {
-		name     string
-		underlay int
-		self     registry.Record
-		others   []registry.Record
-		want     int
-	}{
-		{"IPv4", 1500, reachedAt("a", "192.0.2.1:1"), []registry.Record{v4}, 1440},
-		// cilium#23917: an IPv6 underlay needs 20 bytes more.
-		{"IPv6", 1500, reachedAt("a", "[2001:db8::1]:1"), []registry.Record{v6}, 1420},
-		{"both", 1500, reachedAt("a", "192.0.2.1:1", "[2001:db8::1]:1"), []registry.Record{v4}, 1420},
-		{"one other node by IPv6", 1500, reachedAt("a", "192.0.2.1:1"), []registry.Record{v4, v6}, 1420},
-		{"a name says nothing", 1500, reachedAt("a", "node.example.org:1"), nil, 1440},
-		{"alone", 1500, reachedAt("a"), nil, 1440},
-		{"jumbo frames", 9001, reachedAt("a", "192.0.2.1:1"), nil, 8941},
-		{"a VXLAN below", 1450, reachedAt("a", "192.0.2.1:1"), nil, 1390},
-		{"no underlay", 0, reachedAt("a"), []registry.Record{v4}, 1440},
-		{"IPv6 needs 1280", 1300, reachedAt("a", "192.0.2.1:1"), nil, 1280},
-	} {
-		got := reconcile.FindMTU(kernel.Underlay{MTU: tt.underlay}, tt.self, registry.NewSnapshot(tt.others...))
-		if got != tt.want {
-			t.Errorf("%s: MTU %d, want %d", tt.name, got, tt.want)
-		}
-	}
-}
-
 func TestBootstrap(t *testing.T) {
 	since := at(1)
 	for _, tt := range []struct {

@@ -31,6 +31,10 @@ type Attachment struct {
 	// Since is when the addresses were first attached to this container and
 	// interface. Zero in what an older version wrote.
 	Since time.Time `json:"since,omitzero"`
+	// LinkMTU is the MTU that the pod's link has where the tunnel's is not less, and
+	// TunnelMTU the tunnel's that it was set by. In bytes; 0 if we have not set it.
+	LinkMTU   int `json:"linkMTU,omitempty"`
+	TunnelMTU int `json:"tunnelMTU,omitempty"`
 	// Sequence orders attachments; Put sets it.
 	Sequence uint64 `json:"sequence"`
 }
@@ -139,6 +143,35 @@ func (a *Attachments) Put(at Attachment) error {
 				return err
 			}
 			return b.Put(attachmentKey(at.ContainerID, at.IfName), v)
+		})
+	})
+}
+
+// SetMTU records LinkMTU and TunnelMTU of attachments that are still those of the
+// same sandbox, and leaves all else of them as it is.
+func (a *Attachments) SetMTU(changed ...Attachment) error {
+	return guarded(func() error {
+		return a.db.Update(func(tx *bolt.Tx) error {
+			b := tx.Bucket(attachmentsBucket)
+			for _, at := range changed {
+				k := attachmentKey(at.ContainerID, at.IfName)
+				v := b.Get(k)
+				if v == nil {
+					continue
+				}
+				now, err := decodeAttachment(k, v)
+				if err != nil {
+					return err
+				}
+				if now.SandboxID != at.SandboxID {
+					continue
+				}
+				now.LinkMTU, now.TunnelMTU = at.LinkMTU, at.TunnelMTU
+				if err := putJSON(b, k, now); err != nil {
+					return err
+				}
+			}
+			return nil
 		})
 	})
 }

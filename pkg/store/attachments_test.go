@@ -156,6 +156,47 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
+// SetMTU is of what was seen a while ago: a pod that is gone, or whose place another
+// has taken, is left alone, and whose an address is does not change.
+func TestSetMTU(t *testing.T) {
+	dir := t.TempDir()
+	a, b := pod(1), pod(2)
+	b.Addresses = a.Addresses
+	replaced := pod(3)
+	with(t, dir, func(s *Attachments) {
+		for _, at := range []Attachment{a, b, replaced} {
+			if err := s.Put(at); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var want []Attachment
+		all, err := s.All()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var changed []Attachment
+		for i, at := range append(all, pod(4)) {
+			at.LinkMTU, at.TunnelMTU = 1500, 1420
+			if i < 2 {
+				want = append(want, at)
+			}
+			at.Pod = "default/renamed"
+			if at.ContainerID == replaced.ContainerID {
+				at.SandboxID++
+			}
+			changed = append(changed, at)
+		}
+		want = append(want, all[2])
+		if err := s.SetMTU(changed...); err != nil {
+			t.Fatal(err)
+		}
+		got, err := s.All()
+		if diff := cmp.Diff(want, got, compareAddrs); err != nil || diff != "" {
+			t.Errorf("%v (-want +got):\n%s", err, diff)
+		}
+	})
+}
+
 func TestApplied(t *testing.T) {
 	dir := t.TempDir()
 	want := Applied{

@@ -48,15 +48,11 @@ func add(args *skel.CmdArgs) error {
 
 	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
 	defer cancel()
-	applied, err := attach(ctx, conf, &at)
+	mtu, own, err := attach(ctx, conf, &at, link)
 	if err != nil {
 		return err
 	}
-	mtu, err := link.SetMTU(applied.MTU)
-	if err != nil {
-		return errors.Join(err, detach(ctx, conf.RunDir, &conf, sameAs(at)))
-	}
-	awaitAnnounced(ctx, conf, at, applied.Prefixes)
+	awaitAnnounced(ctx, conf, at, own)
 	for _, i := range result.Interfaces {
 		if i.Sandbox != "" && i.Name == args.IfName {
 			i.Mtu = mtu
@@ -97,45 +93,54 @@ func awaitAnnounced(ctx context.Context, conf config.Config, at store.Attachment
 	}
 }
 
-// attach stores the attachment and applies what follows from it. It returns the
-// plan that the pod is part of. An ADD that is repeated keeps the time of the first.
-func attach(ctx context.Context, conf config.Config, at *store.Attachment) (applied store.Applied, err error) {
+// attach stores the attachment and applies what follows from it, to the pod's link
+// as well. It returns the link's MTU, in bytes, and the node's own prefixes. An ADD
+// that is repeated keeps the time of the first.
+func attach(ctx context.Context, conf config.Config, at *store.Attachment, link *kernel.PodLink) (mtu int, own []netip.Prefix, err error) {
 	k, err := kernel.Open(kernel.Config{Interface: conf.Interface, PrivateKey: identity.Revealer(conf.StateDir)})
 	if err != nil {
-		return applied, err
+		return 0, nil, err
 	}
 	defer k.Close()
 
-	applied, short, err := attachShort(ctx, conf, at, k)
+	applied, mtu, err := attachShort(ctx, conf, at, link, k)
 	if err != nil {
-		return applied, fmt.Errorf("record the pod in %s: %w", store.AttachmentsPath(conf.RunDir), err)
+		return 0, nil, fmt.Errorf("record the pod in %s: %w", store.AttachmentsPath(conf.RunDir), err)
 	}
-	if short {
-		return applied, nil
+	if applied != nil {
+		return mtu, applied.Prefixes, nil
 	}
 	// Nothing has been applied since the node booted, or not from this
 	// configuration, or somebody broke it: the whole plan, from what is known.
 	pass, err := wholePass(ctx, conf, k)
 	if err != nil {
-		return applied, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
+		return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
 	}
-	_, err = pass.Run(ctx)
+	outcome, err := pass.Run(ctx)
 	switch {
 	case errors.Is(err, kernel.ErrNoWireGuard):
 		warn("pod %s: no traffic to other nodes until wgcnid runs: %v", at.ContainerID, err)
 	case err != nil:
-		return applied, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
+		return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
 	}
-	return pass.Applied(), nil
+	if outcome.LinksError != nil {
+		warn("%v", outcome.LinksError)
+	}
+	if mtu, err = reconcile.FitLink(at, link, pass.MTU()); err != nil { // as the pass has, but this one must not fail
+		return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, &conf, sameAs(*at)))
+	}
+	return mtu, pass.Applied().Prefixes, nil
 }
 
 // attachShort stores the attachment, and applies the little that it changes if
-// the node has its plan already. It does both under the store's lock, so that
-// the kernel and the store agree whatever ADDs and DELs run beside it.
-func attachShort(ctx context.Context, conf config.Config, at *store.Attachment, k *kernel.Kernel) (applied store.Applied, short bool, err error) {
+// the node has its plan already, which it then returns with the MTU of the pod's
+// link. It does both under the store's lock, so that the kernel and the store agree
+// whatever ADDs and DELs run beside it, and whatever MTU the helper is about to
+// give to all links.
+func attachShort(ctx context.Context, conf config.Config, at *store.Attachment, link *kernel.PodLink, k *kernel.Kernel) (plan *store.Applied, mtu int, err error) {
 	st, err := store.OpenAttachments(ctx, conf.RunDir)
 	if err != nil {
-		return applied, false, err
+		return nil, 0, err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
 	before, err := affected(st, at)
@@ -143,34 +148,44 @@ func attachShort(ctx context.Context, conf config.Config, at *store.Attachment, 
 		warn("%v", d)
 	}
 	if err != nil {
-		return applied, false, err
-	}
-	if err := st.Put(*at); err != nil {
-		return applied, false, err
+		return nil, 0, err
 	}
 	applied, ok, err := st.Applied()
-	if err != nil || !ok || applied.Settings != reconcile.Digest(conf.Settings) {
-		return applied, false, err
+	if err != nil {
+		return nil, 0, err
+	}
+	short := ok && applied.Settings == reconcile.Digest(conf.Settings)
+	if short {
+		if mtu, err = reconcile.FitLink(at, link, applied.MTU); err != nil {
+			return nil, 0, err
+		}
+	}
+	if err := st.Put(*at); err != nil || !short {
+		return nil, 0, err
 	}
 	after := append(slices.DeleteFunc(slices.Clone(before), sameAs(*at)), *at)
 	if err := k.Apply(reconcile.PodChange(conf, applied.Prefixes, before, after)); err != nil {
 		warn("pod %s: %v; applying the whole plan", at.ContainerID, err)
-		return applied, false, nil
+		return nil, 0, nil
 	}
-	return applied, true, nil
+	return &applied, mtu, nil
 }
 
 // affected returns the attachments that the plan before and after an ADD must be
 // made from for the two to differ by all that the ADD changes, and by nothing
 // less: an ADD that is repeated applies its part again, since the first may have
 // been cut off; it keeps the time of the first. All others matter only to one that
-// takes addresses away.
+// takes addresses away. What the first did to the link's MTU is told from what
+// others want.
 func affected(st *store.Attachments, at *store.Attachment) ([]store.Attachment, error) {
 	old, there, err := st.Get(at.ContainerID, at.IfName)
-	if err == nil && !there {
-		return nil, nil
+	if there && old.SandboxID == at.SandboxID {
+		at.LinkMTU, at.TunnelMTU = old.LinkMTU, old.TunnelMTU
 	}
-	if err == nil && slices.Equal(old.Addresses, at.Addresses) {
+	switch {
+	case err == nil && !there:
+		return nil, nil
+	case err == nil && slices.Equal(old.Addresses, at.Addresses):
 		at.Since = old.Since
 		return nil, nil
 	}

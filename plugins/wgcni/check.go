@@ -46,15 +46,15 @@ func check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	outcome, err := settled(ctx, pass, k)
+	outcome, linkErr, err := settled(ctx, args, pass, k)
 	if err != nil {
 		return err
 	}
 	if err := checkStored(outcome.Pods, want); err != nil {
 		return err
 	}
-	if err := checkLink(args, pass); err != nil {
-		return err
+	if linkErr != nil {
+		return linkErr
 	}
 	if !reconcile.HelperAlive(conf.RunDir) {
 		return faultf(errCheck, "start it: `systemctl start wgcnid`, or `wgcnid run`", errors.New("wgcnid does not run on this node"))
@@ -65,17 +65,22 @@ func check(args *skel.CmdArgs) error {
 	return nil
 }
 
-// settled compares until nothing differs, or the time that convergence may take is over.
-func settled(ctx context.Context, pass reconcile.Pass, k *kernel.Kernel) (reconcile.Outcome, error) {
+// settled compares until nothing differs, or the time that convergence may take is
+// over. The second value is what is wrong with the pod's link.
+func settled(ctx context.Context, args *skel.CmdArgs, pass reconcile.Pass, k *kernel.Kernel) (outcome reconcile.Outcome, linkErr, err error) {
 	deadline := time.Now().Add(convergence)
 	for {
-		outcome, err := pass.Compare(ctx)
-		if err != nil || len(outcome.Ops) == 0 || time.Now().After(deadline) {
-			return outcome, err
+		outcome, err = pass.Compare(ctx)
+		if err != nil {
+			return outcome, nil, err
+		}
+		linkErr = checkLink(args, pass)
+		if len(outcome.Ops) == 0 && linkErr == nil || time.Now().After(deadline) {
+			return outcome, linkErr, nil
 		}
 		time.Sleep(50 * time.Millisecond)
 		if pass, err = wholePass(ctx, pass.Config, k); err != nil {
-			return reconcile.Outcome{}, err
+			return outcome, nil, err
 		}
 	}
 }
@@ -97,7 +102,10 @@ func checkLink(args *skel.CmdArgs, pass reconcile.Pass) error {
 		return err
 	}
 	defer link.Close()
-	limit := pass.MTU()
+	limit, err := link.Fit(pass.MTU())
+	if err != nil {
+		return err
+	}
 	if have := link.MTU(); have > limit {
 		return faultf(errCheck, "recreate the pod, or set the MTU of its link", fmt.Errorf("interface %s has MTU %d, the tunnel carries %d", args.IfName, have, limit))
 	}

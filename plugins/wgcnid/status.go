@@ -86,6 +86,8 @@ type LinkStatus struct {
 	MTU        int    `json:"mtu"` // bytes
 	Up         bool   `json:"up"`
 	ListenPort int    `json:"listenPort"`
+	// Fragments says why full-size packets leave in fragments; "" if they do not.
+	Fragments string `json:"fragments,omitempty"`
 }
 
 // PeerStatus is one line of the table.
@@ -149,6 +151,9 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	}
 	if l := outcome.Observed.Link; l.Name != "" {
 		s.Interface = &LinkStatus{Name: l.Name, MTU: l.MTU, Up: l.Up, ListenPort: l.ListenPort}
+		if u, err := k.Underlay(); err == nil { // else nothing is known of it
+			s.Interface.Fragments = reconcile.FragmentsNote(c, u, known)
+		}
 	}
 	if public != (wgtypes.Key{}) {
 		s.PublicKey = public.String()
@@ -263,6 +268,9 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	fmt.Fprintf(&b, "\nnode       %s, %d pods, prefixes %s\n", s.Node, s.Pods, list(s.Prefixes))
 	if s.Interface != nil {
 		fmt.Fprintf(&b, "interface  %s, UDP port %d, MTU %d, public key %s\n", s.Interface.Name, s.Interface.ListenPort, s.Interface.MTU, s.PublicKey)
+		if s.Interface.Fragments != "" {
+			fmt.Fprintf(&b, "           %s\n", s.Interface.Fragments)
+		}
 	}
 	fmt.Fprintf(&b, "helper     %s\n", map[bool]string{true: "running", false: "NOT running: traffic flows, changes are not followed"}[s.Helper])
 	fmt.Fprintf(&b, "registry   %s%s\n", s.Registry, registryNote(s))

@@ -100,6 +100,11 @@ func TestPrintStatus(t *testing.T) {
 			return s
 		}, true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear.\n" + head +
 			"PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE\n"},
+		{"fragments", exampleConfig, func() Status {
+			s := connected()
+			s.Interface.Fragments = "packets of more than 1220 bytes leave in fragments: mend it"
+			return s
+		}, true, encrypted + strings.Replace(head, "helper ", "           packets of more than 1220 bytes leave in fragments: mend it\nhelper ", 1) + connectedTable},
 		{"idle", exampleConfig, func() Status {
 			return newStatus(observedPeer(func(p *mesh.Peer) { p.LastHandshake = now.Add(-time.Hour) }))
 		}, true, encrypted + head + `PEER  ENDPOINT         HANDSHAKE   RECEIVED  SENT      PREFIXES       STATE

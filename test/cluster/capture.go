@@ -37,6 +37,7 @@ type Finding struct {
 type CaptureReport struct {
 	Packets    int // all frames, without our own sentinels
 	WireGuard  int // WireGuard messages to or from the listen port
+	Fragments  int // of IP packets; right behind the IPv6 header, where WireGuard's are
 	WithMarker int // frames with a marker, wherever in the frame
 	Plain      int // IP packets, without neighbour discovery, from or to the prefixes
 	Dropped    int // frames that the kernel could not queue: not looked at

@@ -15,8 +15,9 @@ const (
 	etherTypeIPv6 = 0x86dd
 	etherHeader   = 14
 
-	protoUDP    = 17
-	protoICMPv6 = 58
+	protoUDP      = 17
+	protoFragment = 44 // IPv6's extension header
+	protoICMPv6   = 58
 )
 
 // packet is what the headers of a frame say.
@@ -25,6 +26,7 @@ type packet struct {
 	proto     byte
 	wireGuard bool
 	neighbour bool // neighbour discovery, which stands for ARP
+	fragment  bool // of an IP packet, the first included
 }
 
 func (p packet) String() string {
@@ -51,6 +53,7 @@ func parseFrame(frame []byte, listenPort uint16) packet {
 		p.proto = ip[9]
 		header := int(ip[0]&0x0f) * 4
 		later := binary.BigEndian.Uint16(ip[6:])&0x1fff != 0 // a later fragment, without a UDP header
+		p.fragment = later || ip[6]&0x20 != 0
 		if !later && header >= 20 && len(ip) >= header {
 			payload = ip[header:]
 		}
@@ -60,6 +63,7 @@ func parseFrame(frame []byte, listenPort uint16) packet {
 		}
 		p.src, p.dst = netip.AddrFrom16([16]byte(ip[8:24])), netip.AddrFrom16([16]byte(ip[24:40]))
 		p.proto = ip[6]
+		p.fragment = p.proto == protoFragment
 		payload = ip[40:]
 	}
 	switch {
@@ -103,6 +107,9 @@ func (r *CaptureReport) inspect(frame []byte, o *CaptureOptions) {
 	r.Packets++
 	if p.wireGuard {
 		r.WireGuard++
+	}
+	if p.fragment {
+		r.Fragments++
 	}
 	for _, m := range o.Markers {
 		if bytes.Contains(frame, m) {

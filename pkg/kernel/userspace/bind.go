@@ -1,0 +1,41 @@
+package userspace
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/conn"
+)
+
+// bind sends again, in another way, what the library's bind could not.
+type bind struct{ conn.Bind }
+
+// Send sends what does not fit into the underlay's packets in fragments, as the
+// kernel's WireGuard does: Linux refuses datagrams that are handed over together
+// (UDP_SEGMENT) where one of them does not fit, with EINVAL or EMSGSIZE. Some may
+// have left before; the far end drops what it has seen.
+//
+// And it sends from another address where the one that the peer called is gone.
+// The library looks after routes that change, but not for a bind that is not its
+// own; what moves without an error is found by the next handshake that fails.
+func (b bind) Send(bufs [][]byte, to conn.Endpoint) error {
+	err := b.Bind.Send(bufs, to)
+	if err == nil {
+		return nil
+	}
+	if len(bufs) > 1 && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EMSGSIZE)) {
+		var errs []error
+		for _, one := range bufs {
+			errs = append(errs, b.Send([][]byte{one}, to))
+		}
+		return errors.Join(errs...)
+	}
+	if !to.SrcIP().IsValid() {
+		return err
+	}
+	anew, perr := b.ParseEndpoint(to.DstToString())
+	if perr != nil {
+		return err
+	}
+	return b.Bind.Send(bufs, anew)
+}

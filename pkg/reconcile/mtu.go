@@ -1,0 +1,133 @@
+package reconcile
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// FindMTU is the tunnel's MTU, in bytes: by the underlay, and by the families of
+// all endpoints there are. It does not go below what the cluster's families need.
+func FindMTU(c config.Config, u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
+	return max(room(u, self, records), mesh.LeastMTU(c.ClusterCIDRs))
+}
+
+// room is what fits into the underlay's packets. Without an underlay it is what
+// Ethernet allows. It goes by all records, so that every node comes to the same
+// overhead; a name may turn out to be an IPv6 address.
+func room(u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
+	var all []netip.AddrPort // in whatever order
+	look := func(r registry.Record) {
+		for _, e := range r.Endpoints {
+			a, err := netip.ParseAddrPort(e)
+			if err != nil {
+				a = netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
+			}
+			all = append(all, a)
+		}
+	}
+	look(self)
+	for _, r := range records.Nodes {
+		look(r)
+	}
+	return mesh.Room(cmp.Or(u.MTU, 1500), all)
+}
+
+// FragmentsNote says why full-size packets leave this node in fragments, and what
+// can be done about it; "" if they do not.
+func FragmentsNote(c config.Config, u kernel.Underlay, known store.Known) string {
+	fits, mtu := room(u, known.Self, known.Records), mtuOf(c, known)
+	if u.MTU == 0 || mtu <= fits {
+		return ""
+	}
+	mend := fmt.Sprintf("set \"mtu\" to %d at most, or leave it out", fits)
+	if least := mesh.LeastMTU(c.ClusterCIDRs); fits < least {
+		mend = fmt.Sprintf("clusterCIDRs need an MTU of %d, so raise the underlay's to %d", least, u.MTU+least-fits)
+	}
+	return fmt.Sprintf("packets of more than %d bytes leave in fragments, since the tunnel's MTU of %d does not fit into the underlay's %d: %s", fits, mtu, u.MTU, mend)
+}
+
+// MTU of the interface and of the pods' links, in bytes: as configured, else as found.
+func (p Pass) MTU() int { return mtuOf(p.Config, p.Known) }
+
+func mtuOf(c config.Config, known store.Known) int { return cmp.Or(c.MTU, known.MTU) }
+
+// PodLink is one pod's link; a *kernel.PodLink. Sizes are in bytes.
+type PodLink interface {
+	MTU() int
+	// Fit is the MTU that it may have over a tunnel of that MTU.
+	Fit(tunnel int) (int, error)
+	SetMTU(mtu int) error
+}
+
+var _ PodLink = (*kernel.PodLink)(nil)
+
+// FitLink gives a pod's link the MTU that goes with the tunnel's, notes in at what
+// it did, and returns the link's MTU, in bytes. A link that somebody wants smaller
+// stays so: its MTU follows the tunnel's up to LinkMTU, which is what it had before
+// we changed it, or what it was given since by somebody else (the tuning plugin
+// behind us in the chain, a person).
+func FitLink(at *store.Attachment, link PodLink, tunnel int) (int, error) {
+	set, err := link.Fit(at.TunnelMTU)
+	if err != nil {
+		return 0, err
+	}
+	fit, err := link.Fit(tunnel)
+	if err != nil {
+		return 0, err
+	}
+	if have := link.MTU(); at.LinkMTU == 0 || have != min(at.LinkMTU, set) {
+		at.LinkMTU = have
+	}
+	at.TunnelMTU = tunnel
+	mtu := min(at.LinkMTU, fit)
+	return mtu, link.SetMTU(mtu)
+}
+
+// fitLinks does it for the pods that were there before the tunnel had its MTU. It
+// comes after the plan was recorded as applied: an ADD that was earlier is among
+// pods, and a later one goes by the record. No lock is held meanwhile.
+func (p Pass) fitLinks(ctx context.Context, pods []store.Attachment) (fitted []store.Attachment, err error) {
+	var errs []error
+	for _, at := range pods {
+		if at.TunnelMTU == p.MTU() || at.Sandbox == "" {
+			continue
+		}
+		if err := fitPod(&at, p.MTU()); err != nil {
+			errs = append(errs, fmt.Errorf("pod %s: %w", at.ContainerID, err))
+		} else if at.TunnelMTU == p.MTU() {
+			fitted = append(fitted, at)
+		}
+	}
+	if len(fitted) > 0 {
+		errs = append(errs, withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error { return st.SetMTU(fitted...) }))
+	}
+	return fitted, errors.Join(errs...)
+}
+
+// fitPod leaves at as it is where the pod's namespace cannot be seen: it is gone
+// and will be swept, or is seen again later.
+func fitPod(at *store.Attachment, tunnel int) error {
+	if id := kernel.SandboxID(at.Sandbox); id == 0 || at.SandboxID != 0 && id != at.SandboxID {
+		return nil
+	}
+	link, err := kernel.OpenPodLink(at.Sandbox, at.IfName)
+	if errors.Is(err, kernel.ErrBypassesHost) {
+		at.TunnelMTU = tunnel // whatever it sends does not come this way
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer link.Close()
+	_, err = FitLink(at, link, tunnel)
+	return err
+}
