@@ -9,10 +9,10 @@ GOFUMPT  := v0.12.0
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build tools demo test lint fmt fuzz bench cover clean
+.PHONY: help deps build tools demo test test-kernel lint fmt fuzz bench bench-kernel cover clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that demo, test and bench need
 	@scripts/deps.sh
@@ -35,6 +35,11 @@ test: deps build tools ## Run every test (root), with the race detector
 	$(GO) vet ./...
 	scripts/test.sh
 
+test-kernel: deps build tools ## Run the end-to-end tests on kernels that have WireGuard (root): Linux 7.2, 6.12 and Debian's
+	@[ "$$(id -u)" = 0 ] || { echo "make test-kernel: run it as root: it makes network namespaces" >&2; exit 1; }
+	@scripts/deps.sh kernel
+	scripts/kernel/test.sh
+
 lint: ## Run golangci-lint
 	@scripts/golangci-lint.sh $(GOLANGCI) run ./...
 
@@ -46,6 +51,10 @@ fuzz: ## Run every fuzz target for FUZZTIME (30s)
 
 bench: deps build tools ## Run the benchmarks (root) and print one table with ratios
 	$(GO) run ./test/bench
+
+bench-kernel: deps build tools ## Measure throughput with the kernel's WireGuard (root)
+	@scripts/deps.sh kernel
+	scripts/kernel/bench.sh
 
 cover: deps build tools ## Measure test coverage (root)
 	$(GO) test -coverpkg=./pkg/...,./plugins/... -coverprofile=$(BIN)/cover.out ./...

@@ -1,18 +1,36 @@
 #!/bin/sh
 # Installs those Debian packages whose commands are missing. Nothing else is changed.
+# `deps.sh kernel` is about the guests of scripts/kernel alone.
 set -eu
 missing=
 need() { # COMMAND PACKAGE
 	PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
 }
-need ip iproute2
-need nsenter util-linux
-need nft nftables
-need iptables iptables
-need wg wireguard-tools
-need iperf3 iperf3
-need gcc gcc # the race detector
-[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
+case ${1:-} in
+kernel)
+	need make make
+	need bc bc
+	need bison bison
+	need flex flex
+	need perl perl
+	need xz xz-utils
+	need cpio cpio
+	need setpriv util-linux
+	need qemu-system-x86_64 qemu-system-x86
+	grep -q '^VERSION_ID="12"' /etc/os-release || # whose qemu has it
+		PATH=$PATH:/usr/libexec need virtiofsd virtiofsd
+	;;
+*)
+	need ip iproute2
+	need nsenter util-linux
+	need nft nftables
+	need iptables iptables
+	need wg wireguard-tools
+	need iperf3 iperf3
+	need gcc gcc # the race detector
+	[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
+	;;
+esac
 [ -n "$missing" ] || exit 0
 command -v apt-get >/dev/null 2>&1 || { echo "deps: install these with your package manager:$missing" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || { echo "deps: run as root, or install:$missing" >&2; exit 1; }

@@ -25,27 +25,37 @@ const (
 	wgAllowedIPRemoveMe = 1 << 0 // WGALLOWEDIP_F_REMOVE_ME
 )
 
+// removal is a way to take single allowed IPs from a peer.
+type removal string
+
+const (
+	byUAPI  removal = "by UAPI"
+	byFlag  removal = "by flag"
+	byDecoy removal = "by decoy"
+)
+
 // removeAllowedIPs takes single allowed IPs from a peer, and leaves the others
 // in place the whole time: replacing the list would empty it for a moment, and
 // sends would fail (cilium PR 34612).
 //
 // Three ways, by what there is: userspace WireGuard takes "-prefix"; a kernel
 // from 6.16 on has a flag for it; to an older kernel the prefix is handed to a
-// peer made up for the purpose, which is then deleted with it.
-func (k *Kernel) removeAllowedIPs(o mesh.SetPeer) error {
+// peer made up for the purpose, which is then deleted with it. It returns which
+// one was taken.
+func (k *Kernel) removeAllowedIPs(o mesh.SetPeer) (removal, error) {
 	d, err := k.wg.device(o.Link)
 	if err != nil {
-		return err
+		return "", err
 	}
 	if d.Type == wgtypes.Userspace {
-		return removeByUAPI(o)
+		return byUAPI, removeByUAPI(o)
 	}
 	err = removeByFlag(o)
 	// EINVAL: strict attribute validation of a kernel that lacks the flag.
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
-		return k.removeByDecoy(o)
+		return byDecoy, k.removeByDecoy(o)
 	}
-	return err
+	return byFlag, err
 }
 
 // uapiTimeout bounds a conversation with the tunnel process.

@@ -143,7 +143,8 @@ func leadingPeerOps(ops []mesh.Op) int {
 // is not at hand is left out, all of it: a new peer would be there without its key.
 func (k *Kernel) applyPeers(ops []mesh.Op) error {
 	if o, ok := ops[0].(mesh.SetPeer); ok && len(o.Remove) > 0 {
-		return about(ops, k.removeAllowedIPs(o))
+		_, err := k.removeAllowedIPs(o)
+		return about(ops, err)
 	}
 	var c wgtypes.Config
 	var sent, keyless []mesh.Op

@@ -199,7 +199,7 @@ func (c *Capture) syncSocket(ctx context.Context) error {
 		if err := c.at.Do(func() error { return sendFrame(c.ifindex, sentinel(nonce)) }); err != nil {
 			return err
 		}
-		ctx, cancel := context.WithTimeout(ctx, probeTimeout/3)
+		ctx, cancel := context.WithTimeout(ctx, Patience(probeTimeout/3))
 		defer cancel()
 		select {
 		case <-seen:

@@ -20,7 +20,7 @@ import (
 )
 
 // startTimeout bounds the start of a machine and its links.
-const startTimeout = 30 * time.Second
+var startTimeout = Patience(30 * time.Second)
 
 // Durable are the directories of a machine that survive [Machine.Reboot]. They
 // are empty when the machine is made.

@@ -280,7 +280,7 @@ func (m *Machine) kill(hostPID int) error {
 
 // Poll calls cond until it returns nil, with short pauses. When ctx ends first
 // the error says what was waited for and cond's last error. Without a deadline
-// in ctx it gives up after 30 seconds.
+// in ctx it gives up after 30 seconds of [Patience].
 func Poll(ctx context.Context, what string, cond func() error) error {
 	ctx, cancel := withDefaultTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -301,9 +301,24 @@ func Poll(ctx context.Context, what string, cond func() error) error {
 	}
 }
 
+// SlowEnv is the environment variable that says how many times slower than a
+// computer this one is, since it is emulated; a whole number.
+const SlowEnv = "WGCNI_SLOW"
+
+var slowness = func() time.Duration {
+	n, err := strconv.Atoi(os.Getenv(SlowEnv))
+	if err != nil || n < 1 {
+		n = 1
+	}
+	return time.Duration(n)
+}()
+
+// Patience is how long to wait here for what takes d at most on a computer.
+func Patience(d time.Duration) time.Duration { return d * slowness }
+
 func withDefaultTimeout(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
 		return context.WithCancel(ctx)
 	}
-	return context.WithTimeout(ctx, d)
+	return context.WithTimeout(ctx, Patience(d))
 }

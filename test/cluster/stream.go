@@ -151,11 +151,11 @@ func (s *Stream) Report() StreamReport {
 	return r
 }
 
-// Stop ends the stream and waits up to a second for the answers under way.
+// Stop ends the stream and waits for the answers under way: up to a second of [Patience].
 func (s *Stream) Stop() StreamReport {
 	s.cancel()
 	<-s.sent
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience(time.Second))
 	defer cancel()
 	// That some never come is what the report says.
 	_ = Poll(ctx, "the last answers", func() error {

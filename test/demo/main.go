@@ -108,7 +108,7 @@ type demo struct {
 	servers []*cluster.Server
 	capture *cluster.Capture // from before the first helper until after the last
 	stream  *cluster.Stream
-	tunnel  tunnelID                // of the first node, before its helper was stopped
+	tunnel  cluster.Tunnel          // of the first node, before its helper was stopped
 	before  map[*cluster.Node]state // without wgcni
 }
 

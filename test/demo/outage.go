@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
-	"strconv"
 	"time"
 
 	"github.com/wgcni/wgcni/test/cluster"
@@ -16,7 +14,6 @@ const (
 	streamRate = 200 // datagrams per second
 	// attemptTimeout is how long each exchange may try while the tunnel is down.
 	attemptTimeout = 500 * time.Millisecond
-	wgInterface    = "wgcni0"
 )
 
 // startStream lets the first pod of the first node send to the second node.
@@ -64,52 +61,6 @@ func (d *demo) awaitNoneLost(ctx context.Context) (cluster.StreamReport, error) 
 	return r, err
 }
 
-// tunnelID tells one WireGuard interface from the next: by its process where
-// WireGuard is a process, else by the number of the kernel's interface.
-type tunnelID struct {
-	pid     int
-	ifindex string
-}
-
-func (t tunnelID) String() string {
-	if t.pid != 0 {
-		return fmt.Sprintf("tunnel process %d", t.pid)
-	}
-	return "interface " + t.ifindex
-}
-
-// kind says where WireGuard runs.
-func (t tunnelID) kind() string {
-	if t.pid != 0 {
-		return "WireGuard in userspace"
-	}
-	return "the kernel's WireGuard"
-}
-
-func tunnel(n *cluster.Node) (tunnelID, error) {
-	found, err := n.FindProcesses("wgcnid tunnel " + wgInterface)
-	switch {
-	case err != nil:
-		return tunnelID{}, err
-	case len(found) == 1:
-		return tunnelID{pid: found[0].PID}, nil
-	case len(found) > 1:
-		return tunnelID{}, fmt.Errorf("%d tunnel processes on %s: %v", len(found), n.Name, found)
-	}
-	var id tunnelID
-	err = n.Do(func() error {
-		link, err := net.InterfaceByName(wgInterface)
-		if err == nil {
-			id.ifindex = strconv.Itoa(link.Index)
-		}
-		return err
-	})
-	if err != nil {
-		return id, fmt.Errorf("find %s of %s: %w", wgInterface, n.Name, err)
-	}
-	return id, nil
-}
-
 // stopHelper ends the node's helper, as systemd does.
 func (d *demo) stopHelper(ctx context.Context, n *cluster.Node) error {
 	ctx, cancel := context.WithTimeout(ctx, exchangeTimeout)
@@ -123,7 +74,7 @@ func (d *demo) stopHelper(ctx context.Context, n *cluster.Node) error {
 func stopHelper(ctx context.Context, d *demo) (string, error) {
 	n := d.cluster.Nodes[0]
 	var err error
-	if d.tunnel, err = tunnel(n); err != nil {
+	if d.tunnel, err = n.Tunnel(); err != nil {
 		return "", err
 	}
 	if err := d.startStream(ctx); err != nil {
@@ -158,7 +109,7 @@ func restartHelper(ctx context.Context, d *demo) (string, error) {
 	if r.Lost > 0 || r.Duplicates > 0 {
 		return "", fmt.Errorf("the stream: %s", r)
 	}
-	now, err := tunnel(n)
+	now, err := n.Tunnel()
 	if err != nil {
 		return "", err
 	}
@@ -166,19 +117,6 @@ func restartHelper(ctx context.Context, d *demo) (string, error) {
 		return "", fmt.Errorf("it was %s, and is %s now", d.tunnel, now)
 	}
 	return fmt.Sprintf("same %s, %d sent, %d lost, longest gap %d ms", now, r.Sent, r.Lost, r.LongestGap.Milliseconds()), nil
-}
-
-// destroyTunnel kills the tunnel's process, or deletes the kernel's interface.
-func destroyTunnel(ctx context.Context, n *cluster.Node) (how string, err error) {
-	killed, err := n.Kill9(ctx, "wgcnid tunnel "+wgInterface)
-	if err != nil {
-		return "", err
-	}
-	if killed > 0 {
-		return "SIGKILL", nil
-	}
-	_, err = n.Run(ctx, "ip", "link", "delete", wgInterface)
-	return "link deleted", err
 }
 
 func breakTunnel(ctx context.Context, d *demo) (string, error) {
@@ -193,7 +131,7 @@ func breakTunnel(ctx context.Context, d *demo) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	how, err := destroyTunnel(ctx, n)
+	how, err := n.LoseTunnel(ctx)
 	if err != nil {
 		return "", err
 	}

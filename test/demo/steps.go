@@ -194,11 +194,11 @@ func startHelpers(ctx context.Context, d *demo) (string, error) {
 		return "", err
 	}
 	took := time.Since(start)
-	kind, err := tunnel(d.cluster.Nodes[0])
+	met, err := d.cluster.Nodes[0].Tunnel()
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("all have met and hold their plan after %d ms (%s)", took.Milliseconds(), kind.kind()), nil
+	return fmt.Sprintf("all have met and hold their plan after %d ms (%s)", took.Milliseconds(), met.Kind()), nil
 }
 
 func (d *demo) startHelper(n *cluster.Node) error {

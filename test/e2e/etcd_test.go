@@ -319,7 +319,7 @@ func issue(t *testing.T, ca *etcdtest.CA, name, address string) (certFile, keyFi
 func TestManyJoinEtcdAtOnce(t *testing.T) {
 	c := cluster.NewT(t, 10)
 	e := startEtcd(t, c, cluster.EtcdOptions{Members: 3})
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), cluster.Patience(time.Minute))
 	defer cancel()
 	if _, err := c.JoinAll(ctx, withRegistry(e.Registry(nil))); err != nil {
 		t.Fatal(err)

@@ -15,9 +15,7 @@ func TestPeersFindARecreatedTunnel(t *testing.T) {
 	serve(t, m.pods[0])
 	s := stream(t, m.pods[1], m.pods[0].IPv4(), 100)
 	flowing(t, s)
-	if _, err := m.Nodes[0].Kill9(t.Context(), "wgcnid tunnel"); err != nil {
-		t.Fatal(err)
-	}
+	loseTunnel(t, m.Nodes[0])
 	if err := m.AwaitConverged(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ func TestSecretsStaySecret(t *testing.T) {
 	k.start(t, b, "--log", "text")
 	k.end(t, a, unix.SIGQUIT) // it prints every goroutine
 	k.start(t, a, "--log", "json")
-	killTunnel(t, a)
+	loseTunnel(t, a)
 	k.end(t, c, unix.SIGTERM)
 	k.must(t, c, "sync")
 	k.faults(t, c)

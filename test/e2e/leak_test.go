@@ -54,7 +54,7 @@ func watchUnderlay(t *testing.T, c *cluster.Cluster) *cluster.Capture {
 
 func mustBeClean(t *testing.T, c *cluster.Capture) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), cluster.Patience(10*time.Second))
 	defer cancel()
 	report, err := c.Stop(ctx)
 	if err != nil {
@@ -98,6 +98,14 @@ func stopHelper(t *testing.T, p *cluster.Process) {
 	}
 }
 
+// loseTunnel takes a node's tunnel away; see [cluster.Node.LoseTunnel].
+func loseTunnel(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	if _, err := n.LoseTunnel(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func startHelper(t *testing.T, n *cluster.Node) *cluster.Process {
 	t.Helper()
 	p, err := n.StartHelper()
@@ -107,8 +115,8 @@ func startHelper(t *testing.T, n *cluster.Node) *cluster.Process {
 	return p
 }
 
-// The tunnel process dies, the interface and its routes vanish, and traffic
-// would follow the ordinary routes (any userspace WireGuard).
+// The tunnel process dies, or flannel deletes its device: interface and routes
+// vanish, and traffic would follow the ordinary routes.
 func TestNoPlaintextWhileTunnelIsGone(t *testing.T) {
 	m := newMesh(t, 2, 1, cluster.NetworkOptions{})
 	routeAroundTunnel(t, m.Cluster)
@@ -121,9 +129,7 @@ func TestNoPlaintextWhileTunnelIsGone(t *testing.T) {
 	s4, s6 := stream(t, a, b.IPv4(), 500), stream(t, a, b.IPv6(), 500)
 	flowing(t, s4)
 	stopHelper(t, m.helpers[0])
-	if killed, err := m.Nodes[0].Kill9(t.Context(), "wgcnid tunnel"); err != nil || killed != 1 {
-		t.Fatalf("killed %d tunnel processes: %v", killed, err)
-	}
+	loseTunnel(t, m.Nodes[0])
 	// What follows must be refused: wait until a good number was.
 	before := s4.Report()
 	err := cluster.Poll(t.Context(), "datagrams to be lost", func() error {
@@ -150,7 +156,7 @@ func TestNoPlaintextWhileTunnelIsGone(t *testing.T) {
 	mustBeClean(t, capture)
 }
 
-// With a running helper a tunnel process that dies is started again by itself.
+// With a running helper a tunnel that is lost is made again by itself.
 func TestTunnelIsRestarted(t *testing.T) {
 	m := newMesh(t, 2, 1, cluster.NetworkOptions{})
 	routeAroundTunnel(t, m.Cluster)
@@ -159,9 +165,7 @@ func TestTunnelIsRestarted(t *testing.T) {
 	s := stream(t, m.pods[0], m.pods[1].IPv4(), 500)
 	flowing(t, s)
 	for range 5 {
-		if _, err := m.Nodes[0].Kill9(t.Context(), "wgcnid tunnel"); err != nil {
-			t.Fatal(err)
-		}
+		loseTunnel(t, m.Nodes[0])
 		if err := m.AwaitConverged(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -177,9 +181,9 @@ func TestHelperRestartLosesNothing(t *testing.T) {
 	serve(t, m.pods[1])
 	s := stream(t, m.pods[0], m.pods[1].IPv4(), 500)
 	flowing(t, s)
-	tunnel, err := m.Nodes[0].FindProcesses("wgcnid tunnel")
-	if err != nil || len(tunnel) != 1 {
-		t.Fatalf("tunnel processes %v, %v", tunnel, err)
+	tunnel, err := m.Nodes[0].Tunnel()
+	if err != nil {
+		t.Fatal(err)
 	}
 	warm := s.Report().Lost // what was sent before the first handshake
 	helper := m.helpers[0]
@@ -201,9 +205,8 @@ func TestHelperRestartLosesNothing(t *testing.T) {
 	if r := s.Stop(); r.Lost > warm {
 		t.Errorf("%s; want no loss after the first handshake, which took %d", r, warm)
 	}
-	after, err := m.Nodes[0].FindProcesses("wgcnid tunnel")
-	if err != nil || len(after) != 1 || after[0].PID != tunnel[0].PID {
-		t.Errorf("tunnel process %v became %v (%v); want the same", tunnel, after, err)
+	if after, err := m.Nodes[0].Tunnel(); err != nil || after != tunnel {
+		t.Errorf("%s became %s (%v); want the same", tunnel, after, err)
 	}
 }
 
@@ -291,7 +294,7 @@ func TestPlaintextFromANodeThatHasNotJoined(t *testing.T) {
 			}
 			inside, outside := pods[0], pods[1]
 			reach := func(from, to *cluster.Pod) error {
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), cluster.Patience(time.Second))
 				defer cancel()
 				_, err := cluster.UDP(ctx, from, netip.AddrPortFrom(to.IPv4(), echoPort), []byte("x"))
 				return err

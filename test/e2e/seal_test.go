@@ -85,7 +85,7 @@ func mustRefuse(t *testing.T, m *mesh, r registry.Record, kind string) {
 // again: by new handshakes, which need the same preshared keys at both ends.
 func mustShakeHands(t *testing.T, m *mesh, n *cluster.Node) {
 	t.Helper()
-	killTunnel(t, n)
+	loseTunnel(t, n)
 	if err := m.AwaitConverged(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -49,7 +49,7 @@ func serve(t *testing.T, at cluster.Endpointer) {
 
 // talk checks TCP, UDP and ICMP, that the far end sees the real source, and both families.
 func talk(ctx context.Context, from, to *cluster.Pod, payload []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, cluster.Patience(10*time.Second))
 	defer cancel()
 	for _, pair := range [][2]netip.Addr{{from.IPv4(), to.IPv4()}, {from.IPv6(), to.IPv6()}} {
 		src, dst := pair[0], pair[1]

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -13,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/identity"
@@ -298,27 +296,5 @@ func newRecord(t *testing.T, name string) registry.Record {
 	return registry.Record{
 		Name: name, PublicKey: key.PublicKey(), Endpoints: []string{"192.0.2.66:51820"},
 		Since: time.Now(), Revision: registry.NextRevision(0, time.Now()),
-	}
-}
-
-// killTunnel ends a node's tunnel by SIGKILL. Its helper, if it runs, makes another at once.
-func killTunnel(t *testing.T, n *cluster.Node) {
-	t.Helper()
-	tunnels, err := n.FindProcesses("wgcnid tunnel")
-	if err != nil || len(tunnels) != 1 {
-		t.Fatalf("tunnels of %s: %v, %v", n.Name, tunnels, err)
-	}
-	if err := unix.Kill(tunnels[0].HostPID, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	err = cluster.Poll(t.Context(), "the tunnel of "+n.Name+" to die", func() error {
-		now, err := n.FindProcesses("wgcnid tunnel")
-		if slices.ContainsFunc(now, func(p cluster.ProcessInfo) bool { return p.HostPID == tunnels[0].HostPID }) {
-			err = errors.Join(err, errors.New("it is still there"))
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 }

@@ -22,7 +22,7 @@ import (
 )
 
 // prompt is the time that DEL may take, and STATUS at the very most.
-const prompt = time.Second
+var prompt = cluster.Patience(time.Second)
 
 // A reply is what one call of the plugin's binary has brought.
 type reply struct {
@@ -42,7 +42,7 @@ type call struct {
 // plugin calls the binary on a node, without libcni.
 func plugin(t *testing.T, n *cluster.Node, c call) reply {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), cluster.Patience(30*time.Second))
 	defer cancel()
 	cmd := n.Command(ctx, bin("wgcni"))
 	cmd.Env = append(cmd.Env, "CNI_COMMAND="+c.verb, "CNI_CONTAINERID="+c.container, "CNI_NETNS="+c.netns,
@@ -177,7 +177,7 @@ func beRuntime() error {
 }
 
 func one(cni *libcni.CNIConfig, list *libcni.NetworkConfigList, c netCall) (r netReply) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), cluster.Patience(time.Minute))
 	defer cancel()
 	rt := &libcni.RuntimeConf{ContainerID: c.Container, NetNS: c.Netns, IfName: c.IfName, Args: c.Args}
 	var err error
@@ -241,7 +241,7 @@ func runtimeOf(ctx context.Context, n *cluster.Node, list string, parallel int, 
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, cluster.Patience(2*time.Minute))
 	defer cancel()
 	cmd := n.Command(ctx, self)
 	cmd.Env = append(cmd.Env, libcniMarker+"=1", "CNI_PATH="+bin(""))

@@ -42,7 +42,7 @@ func attachments(t *testing.T, n *cluster.Node) map[string]store.Attachment {
 }
 
 func stored(ctx context.Context, n *cluster.Node) (map[string]store.Attachment, error) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, cluster.Patience(20*time.Second))
 	defer cancel()
 	s, err := store.OpenAttachments(ctx, n.Path("/run/wgcni"))
 	if err != nil {

@@ -1,0 +1,114 @@
+#!/bin/bash
+# test.sh -- runs the end-to-end tests, and those of pkg/kernel, under kernels
+# that have WireGuard: all of them under user-mode Linux 7.2 and 6.12, which
+# remove allowed IPs in different ways, and the core of them under the kernel
+# that Debian ships. All is built outside of the guests.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+# Pods' traffic in both directions, what happens without a tunnel, the verbs.
+core='TestAllPodsReachAllPods TestNoPlaintextWhileTunnelIsGone TestTunnelIsRestarted TestHelperRestartLosesNothing
+TestPlaintextFromANodeThatHasNotJoined TestADD TestCHECK TestDELWithoutAnything TestNothingIsLeft'
+coreKernel='TestSingleAllowedIPsAreRemoved TestRemoveAllowedIP TestRandomWalkLeavesForeignObjectsAlone TestRepairs TestPresharedKeysMustMatch'
+limit=1500 # seconds, for each guest
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/wgcni-kernel.XXXXXX")
+finish() {
+	for job in $(jobs -rp); do
+		kill -- "-$job" 2>/dev/null || true
+	done
+	wait
+	rm -rf "$work"
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+set -m # a job is a process group, which can be ended as a whole
+
+echo "getting kernels"
+uml72=$(scripts/kernel/build.sh 7.2)
+uml612=$(scripts/kernel/build.sh 6.12)
+debian=$(scripts/kernel/debian.sh)
+
+echo "building tests"
+CGO_ENABLED=0 go test -c -o "$work/e2e" ./test/e2e
+CGO_ENABLED=0 go test -c -o "$work/kernel" ./pkg/kernel
+go test -race -c -o "$work/kernel-race" ./pkg/kernel
+go build -o "$work/testsummary" ./scripts/testsummary
+test2json=$(go tool -n test2json)
+module=$(go list -m)
+
+# guest NAME COMMAND... runs a command under a kernel. One CPU each: two that
+# spin for each other's locks are slow on a busy machine.
+guest() {
+	local name=$1
+	shift
+	case $name in
+	linux-7.2) WGCNI_SLOW=4 UML_MODE=seccomp=on scripts/kernel/uml.sh -t $limit -m 3072 "$uml72" "$@" ;;
+	linux-6.12) WGCNI_SLOW=4 scripts/kernel/uml.sh -t $limit -m 3072 "$uml612" "$@" ;;
+	debian) WGCNI_SLOW=10 scripts/kernel/qemu.sh -t $limit -m 3072 "$debian" "$@" ;;
+	esac
+}
+
+# part NAME PART FOLDER BINARY [TESTS] runs a part of a package's tests in a guest.
+part() {
+	local name=$1 part=$2 folder=$3 binary=$4 tests=${5:-} out=$work/$1/$2 status=0 start=$SECONDS
+	guest "$name" env --chdir="$PWD/$folder" "$work/$binary" -test.v=test2json -test.timeout "$((limit - 60))s" \
+		-test.run "^(${tests// /|})\$" 2>"$out.errors" | tee "$out.log" |
+		"$test2json" -t -p "$module/$folder" >"$out.json" || status=1
+	if [ $status = 0 ]; then
+		echo "$name: $part passed after $((SECONDS - start)) s"
+		return
+	fi
+	echo "$name: $part FAILED after $((SECONDS - start)) s"
+	cat "$out.errors" >&2
+	[ ! -s "$out.errors" ] || tail -20 "$out.log" >&2 # what the guest was at when it ended
+	touch "$work/failed"
+}
+
+# start runs a part beside others, one for each of the machine's CPUs.
+start() {
+	while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
+		wait -n || true
+	done
+	part "$@" &
+}
+
+names() { xargs <<<"$*"; } # on one line
+
+echo "running tests"
+for name in linux-7.2 linux-6.12 debian; do
+	mkdir "$work/$name"
+	guest "$name" uname -rv >"$work/$name/release"
+done
+all=$("$work/e2e" -test.list '^Test')
+for test in $core; do
+	grep -qx "$test" <<<"$all" || { echo "test.sh: there is no $test any more" >&2; exit 1; }
+done
+start debian core test/e2e e2e "$(names "$core")"
+parts=6
+for ((i = 0; i < parts; i++)); do
+	tests=$(awk -v i=$i -v n=$parts 'NR % n == i' <<<"$all")
+	for name in linux-7.2 linux-6.12; do
+		start "$name" "e2e-$((i + 1))" test/e2e e2e "$(names "$tests")"
+	done
+done
+start debian kernel pkg/kernel kernel "$(names "$coreKernel")"
+start linux-7.2 kernel pkg/kernel kernel-race '.*'
+start linux-6.12 kernel pkg/kernel kernel '.*' # which has no room for the race detector's memory
+while [ -n "$(jobs -rp)" ]; do
+	wait -n || true
+done
+
+for name in linux-7.2 linux-6.12 debian; do
+	printf '\n%s: Linux %s\n' "$name" "$(cat "$work/$name/release")"
+	cat "$work/$name"/*.json | "$work/testsummary" || touch "$work/failed"
+done
+# way NAME WAY sees that allowed IPs were removed in this way.
+way() {
+	grep -q "\"Action\":\"pass\".*\"Test\":\"TestSingleAllowedIPsAreRemoved/$2\"" "$work/$1/kernel.json" && return
+	echo "test.sh: no allowed IP was removed $2 under $1" >&2
+	touch "$work/failed"
+}
+way linux-7.2 by_flag
+way linux-6.12 by_decoy
+way debian by_decoy
+[ ! -e "$work/failed" ]
