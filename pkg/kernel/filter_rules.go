@@ -16,8 +16,8 @@ import (
 //	  oifname != "wgcni0" ip saddr @cluster4 ip daddr @guarded4 jump plain-out
 //	  iifname != "wgcni0" ip saddr @guarded4 ip daddr @cluster4 jump plain-in
 //	}
-//	chain output {                               # what this node itself sends
-//	  type filter hook output priority filter - 10
+//	chain output {                               # what this node itself sends, by its last route:
+//	  type filter hook postrouting priority filter - 10 # the output hooks see the one before a dnat (kube-proxy's)
 //	  oifname != "wgcni0" ip daddr @guarded4 jump plain-out
 //	}
 //	chain input {                                # what reaches this node itself
@@ -33,6 +33,10 @@ import (
 //	  type nat hook postrouting priority srcnat - 10
 //	  oifname "wgcni0" ip saddr @local4 snat ip to ip saddr
 //	  oifname "wgcni0" ip saddr @pods4 snat ip to ip saddr
+//	}
+//	chain own-source {                           # of what no peer would take as it is (antrea#2697)
+//	  type nat hook postrouting priority srcnat + 10
+//	  oifname "wgcni0" ip saddr != @cluster4 masquerade
 //	}
 //
 // The rules name clusters, not pods, as sources: the last packets of a pod
@@ -84,6 +88,7 @@ const (
 
 	filterPriority = nftables.ChainPriority(-10) // ahead of priority filter
 	natPriority    = nftables.ChainPriority(90)  // ahead of every masquerade, at srcnat (100)
+	masqPriority   = nftables.ChainPriority(110) // behind all of them
 )
 
 func chains(link string) []chainSpec {
@@ -92,9 +97,10 @@ func chains(link string) []chainSpec {
 	}
 	plainOut, plainIn := chainSpec{name: chainPlainOut}, chainSpec{name: chainPlainIn}
 	forward := filter("forward", nftables.ChainHookForward)
-	output := filter("output", nftables.ChainHookOutput)
+	output := filter("output", nftables.ChainHookPostrouting)
 	input := filter("input", nftables.ChainHookInput)
 	keepSource := chainSpec{name: "keep-source", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: natPriority}
+	ownSource := chainSpec{name: "own-source", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: masqPriority}
 	for _, f := range families {
 		forward.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), verdict("return", expr.VerdictReturn))
 		forward.add(f.via(expr.MetaKeyIIFNAME, "iifname", link), f.to(setLocal), verdict("return", expr.VerdictReturn))
@@ -111,10 +117,11 @@ func chains(link string) []chainSpec {
 		for _, set := range []string{setLocal, setPods} {
 			keepSource.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), f.from(set), f.keepSource())
 		}
+		ownSource.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), f.fromOutside(setCluster), masquerade())
 	}
 	plainOut.add(count(counterOut), verdict("drop", expr.VerdictDrop))
 	plainIn.add(count(counterIn), verdict("drop", expr.VerdictDrop))
-	return []chainSpec{plainOut, plainIn, forward, output, input, keepSource}
+	return []chainSpec{plainOut, plainIn, forward, output, input, keepSource, ownSource}
 }
 
 // A part is a piece of a rule: its text, and what the kernel takes.
@@ -162,6 +169,13 @@ func (f family) notVia(key expr.MetaKey, text, link string) part {
 func (f family) from(set string) part { return f.inSet("saddr", f.saddr, set) }
 func (f family) to(set string) part   { return f.inSet("daddr", f.daddr, set) }
 
+func (f family) fromOutside(set string) part {
+	return part{"saddr != @" + set + f.name, []expr.Any{
+		f.load(f.saddr),
+		&expr.Lookup{SourceRegister: 1, SetName: set + f.name, Invert: true},
+	}}
+}
+
 func (f family) inSet(field string, offset uint32, set string) part {
 	return part{field + " @" + set + f.name, []expr.Any{
 		f.load(offset),
@@ -181,6 +195,8 @@ func (f family) keepSource() part {
 		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.nfproto), RegAddrMin: 1},
 	}}
 }
+
+func masquerade() part { return part{"masquerade", []expr.Any{&expr.Masq{}}} }
 
 func jump(chain string) part {
 	return part{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
