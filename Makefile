@@ -9,7 +9,7 @@ GOFUMPT  := v0.12.0
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build tools demo test test-kernel lint fmt fuzz bench bench-kernel cover clean
+.PHONY: help deps build tools flannel demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,18 +27,27 @@ tools: ## Build cnitool, the reference plugins, wireguard-go and etcd, as pinned
 	cd test/etcd && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../$(BIN)/etcd go.etcd.io/etcd/server/v3
 	cd test/etcd && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../$(BIN)/ go.etcd.io/etcd/etcdctl/v3 go.etcd.io/etcd/etcdutl/v3
 
+flannel: ## Build flanneld, whose udp backend is C, and flannel's plugin, as pinned in test/flannel
+	@mkdir -p $(BIN)
+	cd test/flannel && CGO_ENABLED=1 $(GO) build -trimpath -ldflags '-s -w' -o ../../$(BIN)/flanneld github.com/flannel-io/flannel
+	cd test/flannel/plugin && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../../$(BIN)/ github.com/containernetworking/plugins/plugins/meta/flannel
+
 demo: deps build tools ## Watch pods on three nodes talk encrypted (root; under a minute)
 	$(GO) run ./test/demo
 
-test: deps build tools ## Run every test (root), with the race detector
+test: deps build tools flannel ## Run every test (root), with the race detector
 	@[ "$$(id -u)" = 0 ] || { echo "make test: run it as root: it makes network namespaces" >&2; exit 1; }
 	$(GO) vet ./...
 	scripts/test.sh
 
-test-kernel: deps build tools ## Run the end-to-end tests on kernels that have WireGuard (root): Linux 7.2, 6.12 and Debian's
+test-kernel: deps build tools flannel ## Run the end-to-end tests on kernels that have WireGuard (root): Linux 7.2, 6.12 and Debian's
 	@[ "$$(id -u)" = 0 ] || { echo "make test-kernel: run it as root: it makes network namespaces" >&2; exit 1; }
 	@scripts/deps.sh kernel
 	scripts/kernel/test.sh
+
+matrix: deps build tools flannel ## Test wgcni beside other plugins (root) and rewrite README's tables
+	WGCNI_MATRIX=$(CURDIR)/test/e2e/testdata/matrix $(GO) test -count=1 -run '^TestMatrix$$' ./test/e2e
+	$(GO) run ./scripts/matrix
 
 lint: ## Run golangci-lint
 	@scripts/golangci-lint.sh $(GOLANGCI) run ./...
@@ -56,7 +65,7 @@ bench-kernel: deps build tools ## Measure throughput with the kernel's WireGuard
 	@scripts/deps.sh kernel
 	scripts/kernel/bench.sh
 
-cover: deps build tools ## Measure test coverage (root)
+cover: deps build tools flannel ## Measure test coverage (root)
 	$(GO) test -coverpkg=./pkg/...,./plugins/... -coverprofile=$(BIN)/cover.out ./...
 	$(GO) tool cover -func=$(BIN)/cover.out | tail -1
 

@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/big"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"go4.org/netipx"
 )
 
 // DefaultDir is where CNI network configurations lie.
@@ -158,7 +161,7 @@ func FindPodCIDRs(network, dir string) ([]netip.Prefix, error) {
 	return nil, nil
 }
 
-// podCIDRs takes the host-local ranges of the primary plugin, else flannel's
+// podCIDRs takes the host-local subnets of the primary plugin, else flannel's
 // subnet file where flannel is the primary.
 func podCIDRs(plugins []json.RawMessage, subnetFile string) ([]netip.Prefix, error) {
 	if len(plugins) == 0 {
@@ -175,34 +178,60 @@ func podCIDRs(plugins []json.RawMessage, subnetFile string) ([]netip.Prefix, err
 	}
 	var primary struct {
 		IPAM struct {
-			Type   string `json:"type"`
-			Subnet string `json:"subnet"`
-			Ranges [][]struct {
-				Subnet string `json:"subnet"`
-			} `json:"ranges"`
+			Type   string             `json:"type"`
+			Ranges [][]hostLocalRange `json:"ranges"`
+			hostLocalRange
 		} `json:"ipam"`
 	}
 	if json.Unmarshal(plugins[0], &primary) != nil || primary.IPAM.Type != "host-local" {
 		return nil, nil
 	}
-	subnets := []string{}
+	var ranges []hostLocalRange
 	if primary.IPAM.Subnet != "" {
-		subnets = append(subnets, primary.IPAM.Subnet)
+		ranges = append(ranges, primary.IPAM.hostLocalRange)
 	}
-	for _, set := range primary.IPAM.Ranges {
-		for _, r := range set {
-			subnets = append(subnets, r.Subnet)
-		}
-	}
-	var out []netip.Prefix
-	for _, s := range subnets {
-		p, err := netip.ParsePrefix(s)
+	return hostLocalSubnets(slices.Concat(append([][]hostLocalRange{ranges}, primary.IPAM.Ranges...)...))
+}
+
+// hostLocalRange is a range of the host-local IPAM plugin.
+type hostLocalRange struct {
+	Subnet     string `json:"subnet"`
+	RangeStart string `json:"rangeStart"`
+	RangeEnd   string `json:"rangeEnd"`
+}
+
+// hostLocalSubnets returns the subnets that are this node's own: those of which
+// the ranges take more than half. A node that takes less shares the subnet, as
+// nodes do that hand out parts of their own network, and no two can take more.
+func hostLocalSubnets(ranges []hostLocalRange) ([]netip.Prefix, error) {
+	var subnets []netip.Prefix
+	taken := map[netip.Prefix]*big.Int{}
+	for _, r := range ranges {
+		p, err := netip.ParsePrefix(r.Subnet)
 		if err != nil {
-			return nil, fmt.Errorf("host-local subnet %q of the primary plugin: %w", s, err)
+			return nil, fmt.Errorf("host-local subnet %q of the primary plugin: %w", r.Subnet, err)
 		}
-		out = append(out, p.Masked())
+		p = p.Masked()
+		from, to := p.Addr(), netipx.PrefixLastIP(p)
+		for _, limit := range []struct {
+			at  *netip.Addr
+			key string
+		}{{&from, r.RangeStart}, {&to, r.RangeEnd}} {
+			// What is no address in the subnet is for host-local to refuse.
+			if a, err := netip.ParseAddr(limit.key); err == nil && p.Contains(a.Unmap()) {
+				*limit.at = a.Unmap()
+			}
+		}
+		if taken[p] == nil {
+			subnets, taken[p] = append(subnets, p), new(big.Int)
+		}
+		size := new(big.Int).Sub(new(big.Int).SetBytes(to.AsSlice()), new(big.Int).SetBytes(from.AsSlice()))
+		taken[p].Add(taken[p], size.Add(size, big.NewInt(1)))
 	}
-	return out, nil
+	return slices.DeleteFunc(subnets, func(p netip.Prefix) bool {
+		half := new(big.Int).Lsh(big.NewInt(1), uint(p.Addr().BitLen()-p.Bits()))
+		return taken[p].Cmp(half.Rsh(half, 1)) <= 0
+	}), nil
 }
 
 // flannelSubnets reads FLANNEL_SUBNET and FLANNEL_IPV6_SUBNET. The file is not

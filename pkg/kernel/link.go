@@ -17,6 +17,10 @@ import (
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
+// ErrSilent says that nobody answers for an interface of our name: a userspace
+// tunnel's is there a moment before its process can be asked.
+var ErrSilent = errors.New("no WireGuard answers for it")
+
 // link returns the interface of that name, or nil.
 func (k *Kernel) link(name string) (netlink.Link, error) {
 	l, err := k.rt.LinkByName(name)
@@ -43,14 +47,22 @@ func (k *Kernel) observeLink(s *mesh.State) error {
 	d, err := k.wg.device(k.Interface)
 	if err != nil {
 		if errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("interface %s exists, but no WireGuard answers for it: remove it with `ip link delete %s`", k.Interface, k.Interface)
+			return fmt.Errorf("interface %s exists, but %w: remove it with `ip link delete %s`", k.Interface, ErrSilent, k.Interface)
 		}
 		return fmt.Errorf("read WireGuard interface %s: %w", k.Interface, err)
 	}
-	if !strings.HasPrefix(l.Attrs().Alias, LinkAlias) {
-		if (d.PublicKey != wgtypes.Key{}) && d.PrivateKey != (wgtypes.Key{}) || len(d.Peers) > 0 {
+	configured := (d.PublicKey != wgtypes.Key{}) && d.PrivateKey != (wgtypes.Key{}) || len(d.Peers) > 0
+	if configured && !marked(l) {
+		// The helper may have made it while we look: it marks first and configures
+		// then, so that what is configured and ours bears the mark by now.
+		if l, err = k.link(k.Interface); err != nil || l == nil {
+			return err
+		}
+		if !marked(l) {
 			return foreign
 		}
+	}
+	if !marked(l) {
 		// Fresh from a pass that was cut off between making it and marking it.
 		if err := k.markLink(l); err != nil {
 			return err
@@ -63,6 +75,8 @@ func (k *Kernel) observeLink(s *mesh.State) error {
 	s.Peers = decodePeers(d.Peers)
 	return k.observeAddresses(l, s)
 }
+
+func marked(l netlink.Link) bool { return strings.HasPrefix(l.Attrs().Alias, LinkAlias) }
 
 func (k *Kernel) observeAddresses(l netlink.Link, s *mesh.State) error {
 	addrs, err := k.rt.AddrList(l, netlink.FAMILY_ALL)

@@ -28,6 +28,10 @@ const announceTimeout = 2 * time.Second
 // addTimeout bounds the wait for the store, which others hold for milliseconds.
 const addTimeout = 10 * time.Second
 
+// tunnelStart is how long an ADD waits for a userspace tunnel that the helper has
+// just started to answer, in all but a busy machine some milliseconds.
+const tunnelStart = 2 * time.Second
+
 // add records the pod and makes the node's plan hold for it. It talks to nobody
 // but the kernel and the node's own disk, where the helper says what it has
 // announced: the registry being away never keeps a pod from starting.
@@ -117,6 +121,10 @@ func attach(ctx context.Context, conf config.Config, at *store.Attachment, link 
 		return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
 	}
 	outcome, err := pass.Run(ctx)
+	for deadline := time.Now().Add(tunnelStart); errors.Is(err, kernel.ErrSilent) && time.Now().Before(deadline); {
+		time.Sleep(10 * time.Millisecond)
+		outcome, err = pass.Run(ctx)
+	}
 	switch {
 	case errors.Is(err, kernel.ErrNoWireGuard):
 		warn("pod %s: no traffic to other nodes until wgcnid runs: %v", at.ContainerID, err)

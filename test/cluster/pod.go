@@ -20,6 +20,7 @@ type PodOptions struct {
 	IfName         string            // optional: the pod's interface; eth0 by default
 	Args           map[string]string // optional: CNI_ARGS, such as K8S_POD_NAME
 	CapabilityArgs string            // optional: CAP_ARGS, a JSON object
+	Sysctls        map[string]string // optional: keys below net of the pod's namespace, set before it is attached
 }
 
 // Pod is a network namespace that cnitool has attached to a network.
@@ -92,7 +93,7 @@ func (n *Node) AddPod(ctx context.Context, network, name string, o PodOptions) (
 	if _, err := n.Run(ctx, "ip", "netns", "add", name); err != nil {
 		return nil, fmt.Errorf("add pod %s: %w", name, err)
 	}
-	if err := p.attach(ctx); err != nil {
+	if err := p.attach(ctx, o.Sysctls); err != nil {
 		// The caller's time may be up, the cleaning still has to be done.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTimeout)
 		defer cancel()
@@ -101,14 +102,21 @@ func (n *Node) AddPod(ctx context.Context, network, name string, o PodOptions) (
 	return p, nil
 }
 
-func (p *Pod) attach(ctx context.Context) error {
-	if err := p.Do(loopbackUp); err != nil {
+func (p *Pod) attach(ctx context.Context, sysctls map[string]string) error {
+	err := p.Do(func() error {
+		for key, value := range sysctls {
+			if err := sysctl(key, value); err != nil {
+				return err
+			}
+		}
+		return loopbackUp()
+	})
+	if err != nil {
 		return err
 	}
 	if p.Network == "" {
 		return nil
 	}
-	var err error
 	if p.Raw, err = p.CNI(ctx, "add"); err != nil {
 		return err
 	}

@@ -12,14 +12,14 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-// dual are a pod's two addresses outside of every node's prefix, by their last number.
-func dual(n int) [2]netip.Addr {
+// cloudAddresses are a pod's two addresses outside of every node's prefix, by their last number.
+func cloudAddresses(n int) [2]netip.Addr {
 	return [2]netip.Addr{netip.MustParseAddr(fmt.Sprintf("10.244.99.%d", n)), netip.MustParseAddr(fmt.Sprintf("fd00:244:99::%x", n))}
 }
 
-// scattered is a mesh with a pod on each node that asks around. Its nodes also have
+// roaming is a mesh with a pod on each node that asks around. Its nodes also have
 // the network static, whose pods get whatever addresses CNI_ARGS name.
-func scattered(t *testing.T, c *cluster.Cluster, stanza map[string]any) *mesh {
+func roaming(t *testing.T, c *cluster.Cluster, stanza map[string]any) *mesh {
 	t.Helper()
 	m := join(t, c, cluster.NetworkOptions{Stanza: stanza})
 	for _, n := range m.Nodes {
@@ -96,14 +96,14 @@ func singles(t *testing.T, m *mesh, n *cluster.Node) (out []string) {
 // When ADD returns the pod is announced; neighbours are announced as one; DEL
 // takes away what was its own.
 func TestPodsOutsideThePrefixAreAnnounced(t *testing.T) {
-	m := scattered(t, cluster.NewT(t, 2), nil)
+	m := roaming(t, cluster.NewT(t, 2), nil)
 	a, b := m.Nodes[0], m.Nodes[1]
 	var pods []*cluster.Pod
 	for i, want := range []string{
 		"10.244.99.4/32 fd00:244:99::4/128", "10.244.99.4/31 fd00:244:99::4/127",
 		"10.244.99.4/31 10.244.99.6/32 fd00:244:99::4/127 fd00:244:99::6/128", "10.244.99.4/30 fd00:244:99::4/126",
 	} {
-		v := visit(t, a, fmt.Sprintf("cloud%d", i), dual(4+i))
+		v := visit(t, a, fmt.Sprintf("cloud%d", i), cloudAddresses(4+i))
 		if got := strings.Join(singles(t, m, a), " "); got != want {
 			t.Fatalf("when ADD returned the record had %q, want %q", got, want)
 		}
@@ -157,11 +157,11 @@ func awaitAllowed(t *testing.T, n *cluster.Node, want string) {
 // ADD x for B, DEL x for A; felix: A -> B -> A was skipped by a stale cache), also
 // for the pods of the node that it left, and also inside that node's own prefix.
 func TestPodMovesThereAndBack(t *testing.T) {
-	m := scattered(t, cluster.NewT(t, 3), nil)
+	m := roaming(t, cluster.NewT(t, 3), nil)
 	a, b := m.Nodes[0], m.Nodes[1]
 	inA, inB, inC := m.pods[0], m.pods[1], m.pods[2]
 	for name, addresses := range map[string][2]netip.Addr{
-		"outside": dual(7),
+		"outside": cloudAddresses(7),
 		"inside":  {netip.MustParseAddr("10.244.1.77"), netip.MustParseAddr("fd00:244:1::77")},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -194,11 +194,11 @@ func TestPodMovesThereAndBack(t *testing.T) {
 // Two pods that change places, beside neighbours that stay and are announced with
 // them, and lose nothing.
 func TestPodsSwap(t *testing.T) {
-	m := scattered(t, cluster.NewT(t, 3), nil)
+	m := roaming(t, cluster.NewT(t, 3), nil)
 	a, b := m.Nodes[0], m.Nodes[1]
 	inC := m.pods[2]
-	x, y := visit(t, a, "x", dual(4)), visit(t, b, "y", dual(12))
-	stays := []*visitor{visit(t, a, "stays-a", dual(5)), visit(t, b, "stays-b", dual(13))}
+	x, y := visit(t, a, "x", cloudAddresses(4)), visit(t, b, "y", cloudAddresses(12))
+	stays := []*visitor{visit(t, a, "stays-a", cloudAddresses(5)), visit(t, b, "stays-b", cloudAddresses(13))}
 	var streams []*cluster.Stream
 	for _, s := range stays {
 		serve(t, s.Pod)
@@ -206,7 +206,7 @@ func TestPodsSwap(t *testing.T) {
 		flowing(t, st)
 		streams = append(streams, st)
 	}
-	x2, y2 := visit(t, b, "x2", dual(4)), visit(t, a, "y2", dual(12))
+	x2, y2 := visit(t, b, "x2", cloudAddresses(4)), visit(t, a, "y2", cloudAddresses(12))
 	x2.answersAt(t, inC, m.pods[0])
 	y2.answersAt(t, inC, m.pods[1])
 	deletePod(t, x.Pod)
@@ -232,7 +232,7 @@ func TestPodOutsideThePrefixWithoutRegistry(t *testing.T) {
 		t.Fatal(err)
 	}
 	registry := map[string]any{"type": "file", "path": filepath.Join(folder, "mesh.json")}
-	m := scattered(t, c, map[string]any{"registry": registry})
+	m := roaming(t, c, map[string]any{"registry": registry})
 	a := m.Nodes[0]
 	if err := os.Rename(folder, folder+".away"); err != nil {
 		t.Fatal(err)
@@ -247,7 +247,7 @@ func TestPodOutsideThePrefixWithoutRegistry(t *testing.T) {
 	if away != nil {
 		t.Fatal(away)
 	}
-	v := visit(t, a, "cloud", dual(7))
+	v := visit(t, a, "cloud", cloudAddresses(7))
 	add := call{verb: "ADD", container: "late", netns: v.Netns, ifname: "eth0", stdin: stanza(t, a, map[string]any{
 		"registry": registry, "prevResult": prevResult(v.Netns, "eth0", "10.244.99.8/24"),
 	})}

@@ -139,8 +139,8 @@ func awaitMTU(t *testing.T, p *cluster.Pod, want int) {
 	}
 }
 
-// families are the addresses of a pod, and the bytes of IP and ICMP (or UDP) header in front of a payload.
-func families(p *cluster.Pod) map[netip.Addr]int {
+// headersTo are the addresses of a pod, and the bytes of IP and ICMP (or UDP) header in front of a payload.
+func headersTo(p *cluster.Pod) map[netip.Addr]int {
 	all := map[netip.Addr]int{p.IPv4(): 28}
 	if p.IPv6().IsValid() {
 		all[p.IPv6()] = 48
@@ -157,7 +157,7 @@ func (m *mtuMesh) carries(t *testing.T, mtu int) {
 		from cluster.Endpointer
 		to   *cluster.Pod
 	}{{a, b}, {b, a}, {m.Nodes[0], b}} {
-		for to, header := range families(way.to) {
+		for to, header := range headersTo(way.to) {
 			if _, err := cluster.PingWhole(t.Context(), way.from, to, make([]byte, mtu-header)); err != nil {
 				t.Errorf("a packet of %d bytes: %v", mtu, err)
 			}
@@ -180,7 +180,7 @@ func (m *mtuMesh) tells(t *testing.T, mtu int) {
 	runIn(t, m.wide, "ip", "link", "set", "eth0", "mtu", size)
 	runIn(t, m.wide, "ip", "route", "flush", "cache") // what was learnt from an earlier MTU
 	runIn(t, m.wide, "ip", "-6", "route", "flush", "cache")
-	for to, header := range families(m.pods[1]) {
+	for to, header := range headersTo(m.pods[1]) {
 		if got, err := learntMTU(t.Context(), m.wide, to, mtu+1-header); err != nil || got != mtu {
 			t.Errorf("a packet of %d bytes from %s to %s, of which its link lets pass: told %d, %v; want %d", mtu+1, m.wide, to, got, err, mtu)
 		}
@@ -285,7 +285,7 @@ func TestMTU(t *testing.T) {
 
 // bulk is a TCP connection that fills its segments.
 func bulk(ctx context.Context, from, to *cluster.Pod) error {
-	for dst := range families(to) {
+	for dst := range headersTo(to) {
 		if _, err := cluster.TCP(ctx, from, netip.AddrPortFrom(dst, echoPort), make([]byte, 200_000)); err != nil {
 			return err
 		}
