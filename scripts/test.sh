@@ -4,6 +4,6 @@ set -eu
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-go test -race -json -timeout 15m "$@" ./... >"$log" || status=$?
+go test -race -json -timeout 25m "$@" ./... >"$log" || status=$?
 go run ./scripts/testsummary <"$log" || status=1
 exit $status
