@@ -25,7 +25,7 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 cd "$work"
 
-apt=(apt-get -q)
+apt=(apt-get -q -o APT::Sandbox::User=root) # _apt may not enter the cache
 if [ -n "$suite" ]; then
 	# Lists of its own, so that the machine's stay as they are. The mirror is the machine's.
 	mkdir -p lists/partial

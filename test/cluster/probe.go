@@ -10,7 +10,10 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // probeTimeout holds for probes whose context has no deadline.
@@ -23,13 +26,34 @@ func Dial(ctx context.Context, from Endpointer, network string, to netip.AddrPor
 	err := from.Do(func() error {
 		var err error
 		// An address, rather than a name, is dialed by the calling goroutine.
-		conn, err = new(net.Dialer).DialContext(ctx, network, to.String())
+		conn, err = (&net.Dialer{Control: deepQueue}).DialContext(ctx, network, to.String())
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("from %s: %w", from, err)
 	}
 	return conn, nil
+}
+
+// datagramQueue is what may wait for a receiver that is not scheduled: the
+// default holds 50 small datagrams that WireGuard has decrypted, each in a page.
+const datagramQueue = 8 << 20
+
+// deepQueue is a net.Dialer's or net.ListenConfig's Control.
+func deepQueue(network, _ string, c syscall.RawConn) error {
+	if !strings.HasPrefix(network, "udp") {
+		return nil
+	}
+	var err error
+	if cerr := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, datagramQueue)
+	}); cerr != nil {
+		return cerr
+	}
+	if err != nil {
+		return fmt.Errorf("set receive buffer: %w", err)
+	}
+	return nil
 }
 
 // dialProbe is Dial with a connection that fails once ctx ends. End must be called.

@@ -44,7 +44,7 @@ func StartServer(at Endpointer, port uint16) (*Server, error) {
 
 func (s *Server) listen() error {
 	ctx := context.Background()
-	var lc net.ListenConfig
+	lc := net.ListenConfig{Control: deepQueue}
 	lc.SetMultipathTCP(false) // what goes over the wire shall be plain TCP
 	for _, network := range []string{"tcp4", "tcp6"} {
 		l, err := lc.Listen(ctx, network, fmt.Sprintf(":%d", s.Port))
