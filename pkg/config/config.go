@@ -100,7 +100,7 @@ func Parse(stanza []byte) (Config, error) {
 		StateDir: or(raw.StateDir, DefaultStateDir),
 	}
 	for _, check := range []func(*Config, rawStanza) error{
-		checkCIDRs, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkSecret, checkPaths, checkLater,
+		checkCIDRs, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkSecret, checkPaths, checkNodes,
 	} {
 		if err := check(&c, raw); err != nil {
 			return Config{}, err
@@ -342,15 +342,6 @@ func checkSecret(c *Config, raw rawStanza) (err error) {
 		c.AcceptUnsealed = true
 	default:
 		return &Error{"seal", strconv.Quote(raw.Seal) + ` is neither "required" nor "preferred"`, `use "preferred" only until every node has the secret`}
-	}
-	return nil
-}
-
-// checkLater refuses what this version knows of and does not do: half of a
-// promise about encryption would be worse than none.
-func checkLater(_ *Config, raw rawStanza) error {
-	if raw.EncryptNodes {
-		return &Error{"encryptNodes", "true is not supported by this version", "set it to false or leave it out: pod-to-pod traffic is encrypted all the same"}
 	}
 	return nil
 }

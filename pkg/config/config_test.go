@@ -64,7 +64,11 @@ var wrongs = []wrong{
 	{object(`"encryption": true`), "encryption", "string"},
 	{object(`"encryption": "maybe"`), "encryption", `"required"`},
 	{object(`"encryptNodes": "yes"`), "encryptNodes", "true or false"},
-	{object(`"encryptNodes": true`), "encryptNodes", "not supported"},
+	{object(`"encryptNodes": true, "directPorts": 22`), "directPorts", "list"},
+	{object(`"encryptNodes": true, "directPorts": ["22"]`), "directPorts", "whole number"},
+	{object(`"encryptNodes": true, "directPorts": [0]`), "directPorts", "1 to 65535"},
+	{object(`"encryptNodes": true, "directPorts": [22, 65536]`), "directPorts", "65536"},
+	{object(`"directPorts": [22]`), "directPorts", "without encryptNodes"},
 	{`{"nodeName": 5, ` + minimal + `}`, "nodeName", "string"},
 	{`{"nodeName": "Node_A", ` + minimal + `}`, "nodeName", "Node_A"},
 	{`{"nodeName": "-a", ` + minimal + `}`, "nodeName", "DNS"},
@@ -245,6 +249,9 @@ func TestEveryKeyHasItsCases(t *testing.T) {
 				ofValue++
 			}
 		}
+		if key == "encryptNodes" {
+			ofValue++ // both truth values are right
+		}
 		if ofType == 0 || ofValue == 0 {
 			t.Errorf("%s: %d cases of a wrong type, %d of a wrong value", key, ofType, ofValue)
 		}
@@ -296,7 +303,8 @@ var values = map[string]struct {
 	}},
 	"podCIDRs":          {`["10.244.1.0/24"]`, func(c *Config) { c.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")} }},
 	"encryption":        {`"preferred"`, func(c *Config) { c.Encryption = mesh.Preferred }},
-	"encryptNodes":      {`false`, func(*Config) {}},
+	"encryptNodes":      {`true`, func(c *Config) { c.EncryptNodes, c.DirectPorts = true, []uint16{22} }},
+	"directPorts":       {`null`, func(*Config) {}}, // for more see TestDirectPorts
 	"nodeName":          {`"node-b.example.org"`, func(c *Config) { c.NodeName = "node-b.example.org" }},
 	"endpoint":          {`"[2001:db8::1]:51821"`, func(c *Config) { c.Endpoint = "[2001:db8::1]:51821" }},
 	"interface":         {`"wg.pods_1-a"`, func(c *Config) { c.Interface = "wg.pods_1-a" }},

@@ -36,6 +36,7 @@ type rawStanza struct {
 	PodCIDRs          []string     `json:"podCIDRs"`
 	Encryption        string       `json:"encryption"`
 	EncryptNodes      bool         `json:"encryptNodes"`
+	DirectPorts       *[]int       `json:"directPorts"`
 	NodeName          string       `json:"nodeName"`
 	Endpoint          string       `json:"endpoint"`
 	Interface         string       `json:"interface"`

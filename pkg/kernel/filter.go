@@ -82,6 +82,7 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 		return err
 	}
 	t := table()
+	was := rememberedSrcValidMark(c)
 	c.AddTable(t) // so that the deletion cannot fail
 	c.DelTable(t)
 	c.AddTable(t)
@@ -92,10 +93,18 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 			}
 		}
 	}
+	if f.Nodes.Mark != 0 {
+		if err := addNodeSets(c); err != nil {
+			return err
+		}
+	}
 	for _, name := range counterNames {
 		c.AddObj(counter(name))
 	}
-	for _, ch := range chains(f.Interface) {
+	if was != "" {
+		c.AddObj(counter(srcValidMarkWas + was))
+	}
+	for _, ch := range chains(f.Interface, f.Nodes.Mark) {
 		nc := c.AddChain(ch.chain())
 		for _, r := range ch.rules {
 			c.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: r.exprs, UserData: comment(r.text)})
@@ -107,7 +116,17 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 	if err := addPods(c, f.Pods); err != nil {
 		return err
 	}
-	return c.Flush()
+	if f.Nodes.Mark != 0 {
+		if err := fillNodeSets(c, f.Nodes); err != nil {
+			return err
+		}
+	}
+	if err := c.Flush(); f.Nodes.Mark != 0 && errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("this kernel has not all that encryptNodes needs (nftables with masquerade, CONFIG_NF_CONNTRACK_MARK): %w", err)
+	} else if err != nil {
+		return err
+	}
+	return replaceARP(c, f.Nodes.Mark)
 }
 
 // setFilter refills the sets in one transaction, so that no packet sees them empty.
@@ -200,7 +219,10 @@ func (k *Kernel) removeFilter() error {
 		return err
 	}
 	c.DelTable(table())
-	return ignoring(c.Flush(), unix.ENOENT)
+	if err := ignoring(c.Flush(), unix.ENOENT); err != nil {
+		return err
+	}
+	return replaceARP(c, 0)
 }
 
 func hosts(fam family, addrs []netip.Addr) []nftables.SetElement {
@@ -231,7 +253,7 @@ func (k *Kernel) observeFilter(s *mesh.State) error {
 	if err != nil {
 		return err
 	}
-	present, whole, err := k.observeChains(c)
+	present, whole, err := k.observeChains(c, &s.Filter.Nodes.Mark)
 	if err != nil {
 		return fmt.Errorf("read nftables table %s: %w", TableName, err)
 	}
@@ -239,7 +261,7 @@ func (k *Kernel) observeFilter(s *mesh.State) error {
 		return nil
 	}
 	if !whole {
-		s.Filter.Broken = true
+		s.Filter = mesh.Filter{Broken: true}
 		return nil
 	}
 	s.Filter.Interface = k.Interface
@@ -251,10 +273,18 @@ func (k *Kernel) observeFilter(s *mesh.State) error {
 			return fmt.Errorf("read the sets of nftables table %s: %w", TableName, err)
 		}
 	}
+	if s.Filter.Nodes.Mark == 0 {
+		return nil
+	}
+	if err := readNodeSets(c, &s.Filter.Nodes); errors.Is(err, unix.ENOENT) {
+		s.Filter = mesh.Filter{Broken: true}
+	} else if err != nil {
+		return fmt.Errorf("read the sets of nftables table %s: %w", TableName, err)
+	}
 	return nil
 }
 
-func (k *Kernel) observeChains(c *nftables.Conn) (present, whole bool, err error) {
+func (k *Kernel) observeChains(c *nftables.Conn, mark *uint32) (present, whole bool, err error) {
 	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return false, false, err
@@ -276,7 +306,10 @@ func (k *Kernel) observeChains(c *nftables.Conn) (present, whole bool, err error
 			have[ch.Name] = ch
 		}
 	}
-	want := chains(k.Interface)
+	if *mark, err = observeMark(c, have[chainNodePlain]); err != nil {
+		return true, false, err
+	}
+	want := chains(k.Interface, *mark)
 	if len(have) != len(want) {
 		return true, false, nil
 	}
@@ -292,6 +325,10 @@ func (k *Kernel) observeChains(c *nftables.Conn) (present, whole bool, err error
 		if !slices.EqualFunc(rules, w.rules, func(r *nftables.Rule, q chainRule) bool { return commentOf(r.UserData) == q.text }) {
 			return true, false, nil
 		}
+	}
+	if *mark != 0 {
+		whole, err = arpHolds(c, *mark)
+		return true, whole, err
 	}
 	return true, true, nil
 }

@@ -91,7 +91,8 @@ const (
 	masqPriority   = nftables.ChainPriority(110) // behind all of them
 )
 
-func chains(link string) []chainSpec {
+// chains are those of the table; the nodes' own are among them where mark is not 0.
+func chains(link string, mark uint32) []chainSpec {
 	filter := func(name string, hook *nftables.ChainHook) chainSpec {
 		return chainSpec{name: name, kind: nftables.ChainTypeFilter, hook: hook, priority: filterPriority}
 	}
@@ -121,7 +122,11 @@ func chains(link string) []chainSpec {
 	}
 	plainOut.add(count(counterOut), verdict("drop", expr.VerdictDrop))
 	plainIn.add(count(counterIn), verdict("drop", expr.VerdictDrop))
-	return []chainSpec{plainOut, plainIn, forward, output, input, keepSource, ownSource}
+	var more []chainSpec
+	if mark != 0 {
+		more = addNodeRules(link, mark, &forward, &output, &keepSource)
+	}
+	return append([]chainSpec{plainOut, plainIn}, append(more, forward, output, input, keepSource, ownSource)...)
 }
 
 // A part is a piece of a rule: its text, and what the kernel takes.

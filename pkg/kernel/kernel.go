@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -52,6 +53,9 @@ type Kernel struct {
 	// linkIndex is that of Interface, 0 while it has to be looked up. It is good
 	// for one Apply, in which thousands of routes may need it.
 	linkIndex int
+	// staleRoutes6 is set while sockets may hold on to another route for a machine
+	// that is reached through the tunnel now.
+	staleRoutes6 bool
 }
 
 // Open connects to the kernel.
@@ -75,7 +79,7 @@ func (k *Kernel) Close() {
 // Observe returns all that the kernel holds of ours.
 func (k *Kernel) Observe() (mesh.State, error) {
 	var s mesh.State
-	for _, read := range []func(*mesh.State) error{k.observeLink, k.observeRoutes, k.observeRules, k.observeFilter} {
+	for _, read := range []func(*mesh.State) error{k.observeLink, k.observeRoutes, k.observeRules, k.observeFilter, k.observeSrcValidMark} {
 		if err := read(&s); err != nil {
 			return mesh.State{}, err
 		}
@@ -91,12 +95,13 @@ func (k *Kernel) Observe() (mesh.State, error) {
 func (k *Kernel) Apply(ops []mesh.Op) error {
 	var errs []error
 	linkMissing := false
+	var unknown []netip.Addr // machines that the filter should know, and does not
 	k.linkIndex = 0
 	for len(ops) > 0 {
 		op, n := ops[0], 1
 		var err error
 		switch {
-		case linkMissing && mesh.NeedsLink(op):
+		case linkMissing && mesh.NeedsLink(op), leadsTo(op, unknown):
 		case isPeerOp(op):
 			n = leadingPeerOps(ops)
 			err = k.applyPeers(ops[:n])
@@ -108,11 +113,19 @@ func (k *Kernel) Apply(ops []mesh.Op) error {
 				err = fmt.Errorf("%s: %w", op, err)
 			}
 			errs = append(errs, err)
-			if _, add := op.(mesh.AddLink); add {
+			switch o := op.(type) {
+			case mesh.AddLink:
 				linkMissing = true
+			case mesh.ReplaceFilter:
+				unknown = o.Filter.Nodes.Peers
+			case mesh.SetFilterNodes:
+				unknown = o.Nodes.Peers
 			}
 		}
 		ops = ops[n:]
+	}
+	if err := k.forgetRoutes6(); err != nil {
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -127,6 +140,10 @@ func (k *Kernel) apply(op mesh.Op) error {
 		return k.setFilterPods(o.Add, o.Remove)
 	case mesh.RemoveFilter:
 		return k.removeFilter()
+	case mesh.SetFilterNodes:
+		return k.setFilterNodes(o.Nodes)
+	case mesh.SetSrcValidMark:
+		return k.setSrcValidMark(o.On)
 	case mesh.AddLink:
 		k.linkIndex = 0
 		return k.addLink(o)

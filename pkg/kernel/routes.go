@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"go4.org/netipx"
@@ -110,6 +111,7 @@ func (k *Kernel) setRoute(o mesh.SetRoute) error {
 		if o.Route.Source.IsValid() {
 			r.Src = o.Route.Source.AsSlice()
 		}
+		k.staleRoutes6 = k.staleRoutes6 || o.Route.Prefix.IsSingleIP() && o.Route.Prefix.Addr().Is6()
 	}
 	return k.rt.RouteReplace(r)
 }
@@ -128,6 +130,26 @@ func (k *Kernel) indexOf(link string) (int, error) {
 
 // loopbackIndex is that of every network namespace (LOOPBACK_IFINDEX).
 const loopbackIndex = 1
+
+// forgetRoutes6 has sockets look for their IPv6 routes again. Unlike IPv4, a new
+// route in one table does not disturb those who have found theirs in another
+// (fib6_add bumps the sernum of its own table's nodes); a change of any address
+// does (__ipv6_ifa_notify).
+func (k *Kernel) forgetRoutes6() error {
+	if !k.staleRoutes6 {
+		return nil
+	}
+	k.staleRoutes6 = false
+	l, err := k.link(k.Interface)
+	if err != nil || l == nil {
+		return err
+	}
+	a := &netlink.Addr{IPNet: netipx.PrefixIPNet(netip.MustParsePrefix("fe80::77/128")), Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_LINK}
+	if err := k.rt.AddrReplace(l, a); err != nil {
+		return fmt.Errorf("touch the addresses of %s: %w", k.Interface, err)
+	}
+	return ignoring(k.rt.AddrDel(l, a), unix.EADDRNOTAVAIL, unix.ENODEV)
+}
 
 // removeRoute names type and metric, so that a route which has taken the place
 // of this one meanwhile is not hit. IPv6 does not look at the type

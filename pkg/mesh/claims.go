@@ -24,6 +24,8 @@ func (c Conflict) String() string { return c.Node + ": " + c.What + " refused: "
 type Ownership struct {
 	// Prefixes of each node, by name, sorted. No prefix is in two lists.
 	Prefixes map[string][]netip.Prefix
+	// Hosts of each node, by name: the claims that stand, none of them among Prefixes.
+	Hosts map[string][]Claim
 	// Endpoints that may be used, by node name.
 	Endpoints map[string]netip.AddrPort
 	// Exempt are the machines' own addresses that lie inside clusterCIDRs, as
@@ -54,7 +56,10 @@ type Ownership struct {
 //     pod claim inside another node's prefix;
 //   - a machine's own address inside a prefix that another node has held
 //     longer is not exempt: it would be an order to the whole mesh to send
-//     what goes to that pod in the clear.
+//     what goes to that pod in the clear;
+//   - a host claim is a single address, wherever it lies, but not in what
+//     another node holds. Of two equal ones the newer stands: machines are
+//     replaced, and their addresses used again.
 //
 // The names of the nodes must differ, as the registry's keys do. What revoked
 // means is told at Facts.Revoked.
@@ -62,6 +67,7 @@ func Owners(nodes []Node, clusterCIDRs []netip.Prefix, revoked map[wgtypes.Key]s
 	nodes = slices.SortedFunc(slices.Values(nodes), func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 	o := Ownership{
 		Prefixes:  map[string][]netip.Prefix{},
+		Hosts:     map[string][]Claim{},
 		Endpoints: map[string]netip.AddrPort{},
 		Refused:   map[string]bool{},
 	}
@@ -74,6 +80,7 @@ func Owners(nodes []Node, clusterCIDRs []netip.Prefix, revoked map[wgtypes.Key]s
 	held := o.settlePrefixes(nodes, clusterCIDRs, byAddr)
 	owner := o.settlePods(nodes, clusterCIDRs, byAddr, held)
 	o.settleExempt(nodes, clusterCIDRs, owner)
+	o.settleHosts(nodes, owner)
 	for name := range o.Prefixes {
 		o.Prefixes[name] = SortPrefixes(o.Prefixes[name])
 	}

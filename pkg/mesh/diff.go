@@ -31,6 +31,7 @@ type Context struct {
 func Diff(observed, planned State, c Context) []Op {
 	d := differ{observed: observed, planned: planned, Context: c}
 	d.addFilter()
+	d.setSrcValidMark(true)
 	d.renameLink()
 	d.index()
 	d.addLink()
@@ -46,6 +47,8 @@ func Diff(observed, planned State, c Context) []Op {
 	d.setPeers(true)
 	d.removePeers()
 	d.removeLink()
+	d.setFilterNodes(d.planned.Filter.Nodes)
+	d.setSrcValidMark(false)
 	d.removeFilter()
 	return d.ops
 }
@@ -56,6 +59,7 @@ type differ struct {
 	havePeers map[wgtypes.Key]*Peer
 	// haveRoutes and wantRoutes are those in which the states may differ.
 	haveRoutes, wantRoutes []Route
+	filterNodes            NodeFilter // what the ops so far have left in the table
 	ops                    []Op
 }
 
@@ -76,11 +80,16 @@ func (d *differ) addFilter() {
 	have, want := d.observed.Filter, d.planned.Filter
 	switch {
 	case !want.present():
+		d.releaseNodes()
 		return
-	case have.Broken || have.Interface != want.Interface:
+	case have.Broken || have.Interface != want.Interface || have.Nodes.Mark != want.Nodes.Mark:
+		want.Nodes = want.Nodes.between(have.Nodes)
+		d.filterNodes = want.Nodes
 		d.add(ReplaceFilter{want})
 		return
 	}
+	d.filterNodes = have.Nodes
+	d.setFilterNodes(want.Nodes.between(have.Nodes))
 	add, remove := difference(want.Pods, have.Pods), difference(have.Pods, want.Pods)
 	if !have.sameSets(want) {
 		if len(add) > 0 { // before Local gives them up, or their packets are dropped between the two

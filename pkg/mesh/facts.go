@@ -60,6 +60,13 @@ type Settings struct {
 	RulePriority int    // of the rule that leads there
 
 	Keepalive time.Duration // of every peer; 0 is off
+
+	// EncryptNodes has the machines' own traffic encrypted too: between nodes
+	// that both want it, and between their pods and them.
+	EncryptNodes bool
+	// DirectPorts are the TCP ports that stay outside of the tunnel all the same,
+	// so that a machine whose tunnel is broken can be reached. Sorted.
+	DirectPorts []uint16
 }
 
 // A Claim is a prefix that a node says is behind it.
@@ -89,6 +96,9 @@ type Node struct {
 	// Pods cover single pods outside of Prefixes. Of two nodes that claim the
 	// same one the newer claim wins, since pods move.
 	Pods []Claim
+	// Hosts are the machine's own addresses that are reached through the tunnel
+	// by nodes that have some themselves; see Settings.EncryptNodes. Single ones.
+	Hosts []Claim
 	// Addresses are the machine's own: never pods.
 	Addresses []netip.Addr
 	// Since is when the node joined the mesh.
@@ -133,6 +143,9 @@ type Facts struct {
 	Revoked map[wgtypes.Key]string
 	// LocalPods are the addresses of the pods attached to this node, in any order.
 	LocalPods []netip.Addr
+	// Now decides which of the Hosts have been known for HostsSettle. While it is
+	// zero all have.
+	Now time.Time
 }
 
 // hasKey reports whether k is set.

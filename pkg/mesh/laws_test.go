@@ -65,7 +65,7 @@ func TestLaws(t *testing.T) {
 
 // newKernel is a kernel that holds s, beside what is not ours.
 func newKernel(s mesh.State) *kerneltest.Kernel {
-	k := &kerneltest.Kernel{Name: keyName}
+	k := &kerneltest.Kernel{Name: keyName, Own: addrs("192.0.2.100", "2001:db8::100")}
 	k.AddForeignRoute(mesh.Route{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Table: kerneltest.MainTable}, kerneltest.Uplink)
 	k.AddForeignRoute(mesh.Route{Prefix: netip.MustParsePrefix("10.99.0.0/16"), Table: 5182}, "eth9")
 	k.AddForeignRule(mesh.Rule{Priority: 100, FwMark: 0x20000, Table: 52})
@@ -174,7 +174,8 @@ func same(a, b mesh.State) bool {
 			return p.PublicKey == q.PublicKey && p.PresharedKey == q.PresharedKey && p.Endpoint == q.Endpoint && p.Keepalive == q.Keepalive && slices.Equal(p.AllowedIPs, q.AllowedIPs)
 		}) &&
 		f.Interface == g.Interface && f.Broken == g.Broken && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) &&
-		slices.Equal(f.Local, g.Local) && slices.Equal(f.Pods, g.Pods) && slices.Equal(f.Exempt, g.Exempt)
+		slices.Equal(f.Local, g.Local) && slices.Equal(f.Pods, g.Pods) && slices.Equal(f.Exempt, g.Exempt) &&
+		f.Nodes.Equal(g.Nodes) && a.SrcValidMark == b.SrcValidMark
 }
 
 // watch is what must hold at every moment between two plans.
@@ -185,6 +186,8 @@ type watch struct {
 	pods    []netip.Addr                       // attached, and in the cluster, before and after
 	keys    map[wgtypes.Key][]mesh.Fingerprint // each peer's preshared key before, and after
 	foreign string
+	hosts   []netip.Prefix      // machines that are reached by the tunnel, before or after
+	held    map[netip.Addr]bool // before the first op
 }
 
 func newWatch(before, after mesh.State, pods []netip.Addr) watch {
@@ -192,6 +195,7 @@ func newWatch(before, after mesh.State, pods []netip.Addr) watch {
 	owner := owners(after)
 	for p, k := range owners(before) {
 		switch {
+		case !routed(before)[p] || !routed(after)[p]: // allowed to a machine that is not reached by the tunnel
 		case owner[p] == k:
 			w.stays[p] = k
 		case owner[p] == wgtypes.Key{}:
@@ -199,6 +203,13 @@ func newWatch(before, after mesh.State, pods []netip.Addr) watch {
 		default:
 			w.moves[p] = true
 		}
+	}
+	for _, a := range slices.Concat(before.Filter.Nodes.Peers, after.Filter.Nodes.Peers) {
+		w.hosts = append(w.hosts, netip.PrefixFrom(a, a.BitLen()))
+	}
+	w.held = map[netip.Addr]bool{}
+	for _, a := range before.Filter.Nodes.Held {
+		w.held[a] = true
 	}
 	w.keys = map[wgtypes.Key][]mesh.Fingerprint{}
 	for _, p := range slices.Concat(before.Peers, after.Peers) {
@@ -226,10 +237,8 @@ func (w watch) check(t *testing.T, k, doomed *kerneltest.Kernel) {
 	t.Helper()
 	now := observe(t, k)
 	owner := owners(now)
-	routed := map[netip.Prefix]bool{}
-	for _, r := range now.Routes {
-		routed[r.Prefix] = routed[r.Prefix] || r.Type == mesh.ViaLink
-	}
+	routed := routed(now)
+	w.noMachineLockedOut(t, now, routed)
 	allowed := 0
 	for _, p := range now.Peers {
 		allowed += len(p.AllowedIPs)
@@ -266,6 +275,36 @@ func (w watch) check(t *testing.T, k, doomed *kerneltest.Kernel) {
 			t.Errorf("local pod %s: %s", pod, got)
 		}
 	}
+}
+
+// noMachineLockedOut: whoever is routed into the tunnel is one whose packets the
+// filter knows (else a strict rp_filter drops WireGuard's own), and what is held
+// back in the clear has its way.
+func (w watch) noMachineLockedOut(t *testing.T, now mesh.State, routed map[netip.Prefix]bool) {
+	t.Helper()
+	nodes := now.Filter.Nodes
+	if now.Link.Name == "" || now.Filter.Broken || nodes.Mark == 0 {
+		return
+	}
+	for _, p := range w.hosts {
+		if routed[p] && !slices.Contains(nodes.Peers, p.Addr()) {
+			t.Errorf("machine %s is routed into the tunnel, and the filter does not know it", p)
+		}
+	}
+	for _, n := range nodes.Held {
+		if !routed[netip.PrefixFrom(n, n.BitLen())] && !w.held[n] {
+			t.Errorf("machine %s is held, and not routed", n)
+		}
+	}
+}
+
+// routed are the prefixes that lead into the tunnel.
+func routed(s mesh.State) map[netip.Prefix]bool {
+	out := map[netip.Prefix]bool{}
+	for _, r := range s.Routes {
+		out[r.Prefix] = out[r.Prefix] || r.Type == mesh.ViaLink
+	}
+	return out
 }
 
 func (w watch) neverPlaintext(t *testing.T, k *kerneltest.Kernel, when string) {

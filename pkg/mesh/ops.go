@@ -87,6 +87,11 @@ type (
 	RemoveLink struct{ Name string }
 	// RemoveFilter removes the nftables table.
 	RemoveFilter struct{}
+	// SetFilterNodes refills the sets of the table that NodeFilter names, in one
+	// transaction. Its mark is the one that the table has.
+	SetFilterNodes struct{ Nodes NodeFilter }
+	// SetSrcValidMark switches the sysctl on, or puts back what it was before.
+	SetSrcValidMark struct{ On bool }
 )
 
 func (ReplaceFilter) op() {}
@@ -106,6 +111,9 @@ func (RemovePeer) op()    {}
 func (RemoveAddress) op() {}
 func (RemoveLink) op()    {}
 func (RemoveFilter) op()  {}
+
+func (SetFilterNodes) op()  {}
+func (SetSrcValidMark) op() {}
 
 func (o ReplaceFilter) String() string { return "nft replace table: " + o.Filter.sets() }
 func (o SetFilter) String() string     { return "nft set: " + o.Filter.sets() }
@@ -184,9 +192,22 @@ func (o RemoveAddress) String() string {
 func (o RemoveLink) String() string { return "ip link delete " + o.Name }
 func (RemoveFilter) String() string { return "nft delete table" }
 
+func (o SetFilterNodes) String() string { return "nft set: " + o.Nodes.sets() }
+
+func (o SetSrcValidMark) String() string {
+	if o.On {
+		return "sysctl net.ipv4.conf.all.src_valid_mark=1"
+	}
+	return "sysctl net.ipv4.conf.all.src_valid_mark: as it was before"
+}
+
 // sets prints the sets that SetFilter refills.
 func (f Filter) sets() string {
-	return fmt.Sprintf("cluster %v guarded %v local %v exempt %v", f.Cluster, f.Guarded, f.Local, f.Exempt)
+	s := fmt.Sprintf("cluster %v guarded %v local %v exempt %v", f.Cluster, f.Guarded, f.Local, f.Exempt)
+	if f.Nodes.Mark != 0 {
+		s += " " + f.Nodes.sets()
+	}
+	return s
 }
 
 // Local reports whether the op touches what ADD and DEL change: single pods of

@@ -30,21 +30,23 @@ func NewPlan(f Facts) Plan {
 	p := Plan{Conflicts: owners.Conflicts}
 	if revoked {
 		p.Conflicts = append(p.Conflicts, conflict)
-		slices.SortFunc(p.Conflicts, compareConflicts)
 	}
 	p.Routes = localRoutes(f, local, pods, owners.Exempt)
 	p.Rules = rules(f.Settings)
+	p.SrcValidMark = f.EncryptNodes
 	p.Filter = Filter{
 		Interface: f.Interface,
 		Cluster:   Merge(f.ClusterCIDRs),
 		Local:     Merge(local),
 		Pods:      pods,
 		Exempt:    owners.Exempt,
+		Nodes:     nodeFilter(f),
 	}
 	if hasKey(f.Self.PublicKey) {
 		p.addTunnel(f, nodes, owners)
 	}
-	p.Filter.Guarded = guarded(f, p.Peers)
+	p.Filter.Guarded = guarded(f, p.Peers, owners)
+	slices.SortFunc(p.Conflicts, compareConflicts)
 	p.Sort()
 	return p
 }
@@ -72,6 +74,7 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 		}
 	}
 	p.Peers, p.Routes = make([]Peer, 0, len(nodes)), slices.Grow(p.Routes, 2*len(nodes))
+	hosts := p.hostPlan(f, owners)
 	for _, n := range nodes {
 		if owners.Refused[n.Name] {
 			continue
@@ -84,6 +87,7 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 		for _, q := range prefixes {
 			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})
 		}
+		p.addHosts(hosts, n.Name)
 	}
 }
 
@@ -149,13 +153,13 @@ func rules(s Settings) []Rule {
 }
 
 // guarded is what may only be reached through the tunnel.
-func guarded(f Facts, peers []Peer) []netip.Prefix {
+func guarded(f Facts, peers []Peer, owners Ownership) []netip.Prefix {
 	if f.Encryption == Required {
 		return Merge(f.ClusterCIDRs)
 	}
 	var joined []netip.Prefix
 	for _, p := range peers {
-		joined = append(joined, p.AllowedIPs...)
+		joined = append(joined, p.AllowedIPs[:len(p.AllowedIPs)-owners.hostsIn(p)]...)
 	}
 	return Merge(joined)
 }

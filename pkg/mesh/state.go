@@ -18,6 +18,10 @@ type State struct {
 	Routes    []Route
 	Rules     []Rule
 	Filter    Filter
+	// SrcValidMark has the reverse path filter heed packets' marks: without, a
+	// strict one drops WireGuard's own packets from nodes that are routed into the
+	// tunnel (rp_filter in Documentation/networking/ip-sysctl.rst).
+	SrcValidMark bool
 }
 
 // Link is the WireGuard interface. The zero value is its absence.
@@ -92,6 +96,7 @@ type Filter struct {
 	Local     []netip.Prefix // disjoint: this node's own ranges
 	Pods      []netip.Addr   // this node's pods outside of Local
 	Exempt    []netip.Addr   // node addresses inside Cluster
+	Nodes     NodeFilter
 	// Broken is set by an observation: the table is there, but its chains or
 	// rules are not as we make them.
 	Broken bool
@@ -148,6 +153,7 @@ func (s *State) Sort() {
 	}
 	slices.SortFunc(s.Filter.Pods, netip.Addr.Compare)
 	slices.SortFunc(s.Filter.Exempt, netip.Addr.Compare)
+	s.Filter.Nodes.sort()
 }
 
 // String prints the route as ip(8) would take it, without the device.

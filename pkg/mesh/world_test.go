@@ -74,6 +74,24 @@ func (w *world) someEndpoint() netip.AddrPort {
 	return endpoint(fmt.Sprintf("192.0.2.%d:51820", n+1))
 }
 
+// someHosts are addresses of which each may be another's too, in the cluster's
+// ranges or not, or of no use.
+func (w *world) someHosts() (out []mesh.Claim) {
+	for range w.rng.IntN(3) {
+		a := addr(fmt.Sprintf("192.0.2.%d", 1+w.rng.IntN(8)))
+		switch w.rng.IntN(6) {
+		case 0:
+			a = addr(fmt.Sprintf("2001:db8::%x", 1+w.rng.IntN(8)))
+		case 1:
+			a = addr(fmt.Sprintf("10.244.%d.200", w.rng.IntN(8)))
+		case 2:
+			a = addrs("127.0.0.1", "192.0.2.100", "fe80::1", "10.244.200.1")[w.rng.IntN(4)]
+		}
+		out = append(out, mesh.Claim{Prefix: netip.PrefixFrom(a, a.BitLen()), Since: w.at()})
+	}
+	return out
+}
+
 // someNode is one of the members, or nil.
 func (w *world) someNode() *mesh.Node {
 	names := slices.Sorted(maps.Keys(w.nodes))
@@ -104,11 +122,15 @@ func (w *world) changeNodes() {
 		name := fmt.Sprintf("n%d", w.rng.IntN(9))
 		w.nodes[name] = &mesh.Node{
 			Name: name, PublicKey: key(1 + w.rng.IntN(200)), PresharedKey: w.somePSK(),
-			Endpoint: w.someEndpoint(), Prefixes: w.someClaims(), Since: w.at(),
+			Endpoint: w.someEndpoint(), Prefixes: w.someClaims(), Since: w.at(), Hosts: w.someHosts(),
 		}
 		return
 	}
-	switch w.rng.IntN(12) {
+	switch w.rng.IntN(14) {
+	case 12:
+		a.Hosts = w.someHosts()
+	case 13:
+		a.Hosts, b.Hosts = b.Hosts, a.Hosts
 	case 0:
 		delete(w.nodes, a.Name)
 	case 1:
@@ -159,7 +181,13 @@ func (w *world) changePods() {
 
 func (w *world) changeSelf() {
 	f := &w.facts
-	switch w.rng.IntN(10) {
+	switch w.rng.IntN(13) {
+	case 10:
+		f.EncryptNodes, f.DirectPorts = !f.EncryptNodes, []uint16{22, uint16(2379 + w.rng.IntN(2))}
+	case 11:
+		f.EncryptNodes = true
+	case 12:
+		f.Self.Hosts = [][]mesh.Claim{nil, claims(w.now, "192.0.2.100/32"), claims(w.now, "192.0.2.100/32", "2001:db8::100/128")}[w.rng.IntN(3)]
 	case 0:
 		f.Self.PublicKey = key(w.rng.IntN(200)) // may be none, or another's
 	case 1:

@@ -107,6 +107,9 @@ type Loop struct {
 	secretsError     string // why the secrets could not be read again
 	fragments        string // why full-size packets leave in fragments
 	unfit            string // the pods' links that could not be given the tunnel's MTU
+
+	unreached      unreached
+	nodesUnreached []Unreached // as of the last look at the kernel
 }
 
 // Run keeps at it until ctx ends. It then leaves the kernel as it is: traffic
@@ -174,6 +177,9 @@ func (l *Loop) Run(ctx context.Context) error {
 			} else if err != nil {
 				due = true
 				wake.Reset(retryAfter)
+			} else if d := l.settling(last); d > 0 {
+				due = true
+				wake.Reset(d)
 			}
 			continue
 		}
@@ -349,6 +355,9 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Pairs: l.pairs, Observed: l.observed,
 		Context: mesh.Context{Now: now, Moved: l.moved},
 	}.Run(ctx)
+	if l.observed == nil && err == nil {
+		l.lookForNodes(o, now)
+	}
 	if err == nil || err.Error() != l.failing { // else they would be said every second
 		l.logOps(o.Ops)
 	}

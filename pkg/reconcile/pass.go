@@ -36,6 +36,7 @@ func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.
 	f.MTU = mtuOf(c, known)
 	f.Self = node(known.Self, known.Endpoints)
 	f.Self.Name, f.Self.PublicKey, f.Self.Endpoint = c.NodeName, key, ownEndpoint(known.Self)
+	f.Self.Hosts = publishedHosts(c, known)
 	// The secret that the others see our record sealed with, not the one that the
 	// next record will have: both ends of a tunnel choose its key by the same two.
 	own := pairs.Current()
@@ -79,7 +80,7 @@ func Forgotten(name string, key wgtypes.Key, known store.Known) bool {
 func node(r registry.Record, endpoints map[string]netip.AddrPort) mesh.Node {
 	return mesh.Node{
 		Name: r.Name, PublicKey: r.PublicKey, Endpoint: endpoints[r.Name],
-		Prefixes: r.Prefixes, Pods: r.Pods, Addresses: r.Addresses, Since: r.Since,
+		Prefixes: r.Prefixes, Pods: r.Pods, Hosts: r.Hosts, Addresses: r.Addresses, Since: r.Since,
 	}
 }
 
@@ -150,7 +151,9 @@ func (p Pass) plan(o *Outcome, st *store.Attachments) error {
 	if !complete {
 		addrs = append(addrs, o.Observed.Filter.Pods...)
 	}
-	o.Plan = mesh.NewPlan(Facts(p.Config, p.Key, p.Pairs, p.Known, addrs))
+	facts := Facts(p.Config, p.Key, p.Pairs, p.Known, addrs)
+	facts.Now = p.Context.Now
+	o.Plan = mesh.NewPlan(facts)
 	o.Ops = mesh.Diff(o.Observed, o.Plan.State, p.Context)
 	return nil
 }

@@ -28,6 +28,7 @@ type Report struct {
 	RefusedTotal map[string]uint64 `json:"refusedTotal,omitempty"`
 	Rival        bool              `json:"rival,omitempty"`     // another node uses our name
 	Forgotten    bool              `json:"forgotten,omitempty"` // the mesh has revoked our key
+	Unreached    []Unreached       `json:"unreached,omitempty"` // nodes to which node traffic cannot be delivered
 }
 
 // Refusal is a record of the registry that does not count.
@@ -129,7 +130,7 @@ func (l *Loop) report(o Outcome, err error) {
 		return
 	}
 	r := Report{
-		At: l.Now(), Conflicts: o.Plan.Conflicts, Rival: l.rival, Forgotten: l.forgotten(),
+		At: l.Now(), Conflicts: o.Plan.Conflicts, Rival: l.rival, Forgotten: l.forgotten(), Unreached: l.nodesUnreached,
 		Refused: l.refusals.sorted(), RefusedTotal: maps.Clone(l.refusals.total), SecretsError: l.secretsError,
 	}
 	if err != nil {

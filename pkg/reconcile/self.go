@@ -35,6 +35,9 @@ func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []mesh
 		Prefixes: c.PodCIDRs, ClusterCIDRs: c.ClusterCIDRs, Pods: pods,
 		Before: mesh.Node{Prefixes: before.Prefixes, Pods: before.Pods}, Rivals: rivals,
 	}, now)
+	if c.EncryptNodes {
+		r.Hosts = mesh.AnnounceHosts(u.Addresses, before.Hosts, now)
+	}
 	return r
 }
 

@@ -30,8 +30,9 @@ type recordJSON struct {
 	Revision  uint64       `json:"revision"`
 	Left      bool         `json:"left,omitempty"`
 	Version   int          `json:"version,omitempty"`
-	// Seal is last, and Extra before it; see MarshalJSON.
-	Seal identity.Seal `json:"seal,omitzero"`
+	// Seal is last, before it Extra with Hosts among them; see MarshalJSON.
+	Hosts []mesh.Claim  `json:"hosts,omitempty"`
+	Seal  identity.Seal `json:"seal,omitzero"`
 }
 
 // knownKeys are those of recordJSON.
@@ -55,7 +56,7 @@ func (r Record) MarshalJSON() ([]byte, error) {
 		j.PublicKey = r.PublicKey.String()
 	}
 	text, err := json.Marshal(j)
-	if err != nil || len(r.Extra) == 0 && r.Seal.IsZero() {
+	if err != nil || len(r.Extra) == 0 && len(r.Hosts) == 0 && r.Seal.IsZero() {
 		return text, err
 	}
 	text = text[:len(text)-1] // the closing brace
@@ -68,8 +69,15 @@ func (r Record) MarshalJSON() ([]byte, error) {
 		text = append(append(append(append(text, ','), k...), ':'), v...)
 		return err
 	}
-	for _, key := range slices.Sorted(maps.Keys(r.Extra)) {
-		if err := add(key, r.Extra[key]); err != nil {
+	behind := map[string]any{}
+	for key, value := range r.Extra {
+		behind[key] = value
+	}
+	if len(r.Hosts) > 0 {
+		behind["hosts"] = r.Hosts
+	}
+	for _, key := range slices.Sorted(maps.Keys(behind)) {
+		if err := add(key, behind[key]); err != nil {
 			return nil, fmt.Errorf("field %s: %w", quote(key), err)
 		}
 	}
@@ -105,7 +113,7 @@ func (r *Record) UnmarshalJSON(data []byte) error {
 		return fmt.Errorf("version: %d: want 1, or none", j.Version)
 	}
 	out := Record{
-		Name: j.Name, Endpoints: j.Endpoints, Prefixes: j.Prefixes, Pods: j.Pods, Addresses: j.Addresses,
+		Name: j.Name, Endpoints: j.Endpoints, Prefixes: j.Prefixes, Pods: j.Pods, Hosts: j.Hosts, Addresses: j.Addresses,
 		Since: j.Since, Revision: j.Revision, Left: j.Left, Seal: j.Seal,
 	}
 	if out.Extra, err = extraFields(data); err != nil {

@@ -21,6 +21,7 @@ const (
 	MaxEndpoints   = 64
 	MaxClaims      = 4096 // of prefixes and pods together
 	MaxAddresses   = 256
+	MaxHosts       = 64
 	MaxRecordBytes = 1 << 20 // of its JSON form, as stored
 	// MaxRevision is the largest integer that every JSON reader keeps exact
 	// (RFC 8259, section 6). In milliseconds it lasts for 285,000 years; without
@@ -44,6 +45,10 @@ type Record struct {
 	// Prefixes and Pods are the addresses behind the node; see mesh.Node.
 	Prefixes []mesh.Claim
 	Pods     []mesh.Claim
+	// Hosts are those of the machine's addresses that are reached through the
+	// tunnel; see mesh.Node. In the stored form they stand where a version that
+	// does not know them keeps them, among the Extra: the seal is the same for both.
+	Hosts []mesh.Claim
 	// Addresses are the machine's own.
 	Addresses []netip.Addr
 	// Since is when the node joined the mesh.
@@ -84,6 +89,7 @@ func (r Record) normal() Record {
 	r.Addresses = orNil(r.Addresses)
 	r.Prefixes = normalClaims(r.Prefixes)
 	r.Pods = normalClaims(r.Pods)
+	r.Hosts = normalClaims(r.Hosts)
 	r.Since = mesh.ClaimTime(r.Since)
 	return r
 }
@@ -109,6 +115,7 @@ func (r Record) Equal(o Record) bool {
 		mesh.ClaimTime(r.Since).Equal(mesh.ClaimTime(o.Since)) &&
 		slices.Equal(r.Endpoints, o.Endpoints) && slices.Equal(r.Addresses, o.Addresses) &&
 		slices.EqualFunc(r.Prefixes, o.Prefixes, sameClaim) && slices.EqualFunc(r.Pods, o.Pods, sameClaim) &&
+		slices.EqualFunc(r.Hosts, o.Hosts, sameClaim) &&
 		maps.EqualFunc(r.Extra, o.Extra, func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) && r.Seal == o.Seal
 }
 

@@ -33,7 +33,7 @@ func (r Record) validFields() error {
 	}
 	if r.Left {
 		if !r.Equal(Record{Name: r.Name, PublicKey: r.PublicKey, Revision: r.Revision, Left: true, Extra: r.Extra, Seal: r.Seal}) {
-			return errors.New("left: a tombstone has no endpoints, prefixes, pods, addresses or since; want them empty")
+			return errors.New("left: a tombstone has no endpoints, prefixes, pods, hosts, addresses or since; want them empty")
 		}
 		return nil
 	}
@@ -59,6 +59,9 @@ func (r Record) validFields() error {
 	if err := validClaims("prefixes", r.Prefixes); err != nil {
 		return err
 	}
+	if err := validClaims("hosts", r.Hosts); err != nil {
+		return err
+	}
 	return validClaims("pods", r.Pods)
 }
 
@@ -69,6 +72,7 @@ func (r Record) validCounts() error {
 	}{
 		{"endpoints", len(r.Endpoints), MaxEndpoints},
 		{"prefixes and pods", len(r.Prefixes) + len(r.Pods), MaxClaims},
+		{"hosts", len(r.Hosts), MaxHosts},
 		{"addresses", len(r.Addresses), MaxAddresses},
 	} {
 		if c.have > c.max {

@@ -76,6 +76,7 @@ type Status struct {
 	Peers      []PeerStatus    `json:"peers"`
 	Dropped    kernel.Drops    `json:"plaintextDropped"`
 	Pending    []string        `json:"pending,omitempty"` // ops that the kernel still lacks
+	Nodes      *NodeTraffic    `json:"nodeTraffic"`       // null: it is not encrypted
 	// Report is the helper's last word, and so may be old.
 	Report *reconcile.Report `json:"report,omitempty"`
 }
@@ -101,6 +102,8 @@ type PeerStatus struct {
 	TransmitBytes int64          `json:"transmitBytes"`
 	AllowedIPs    []netip.Prefix `json:"allowedIPs"`
 	State         string         `json:"state"`
+	// NodeTraffic is what becomes of the traffic between the two machines; "" without encryptNodes.
+	NodeTraffic string `json:"nodeTraffic,omitempty"`
 }
 
 // The states of a peer.
@@ -149,6 +152,7 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
 		Peers: peerStatuses(outcome, now),
 	}
+	s.Nodes = nodeTraffic(c, outcome, s.Peers, now)
 	if l := outcome.Observed.Link; l.Name != "" {
 		s.Interface = &LinkStatus{Name: l.Name, MTU: l.MTU, Up: l.Up, ListenPort: l.ListenPort}
 		if u, err := k.Underlay(); err == nil { // else nothing is known of it
@@ -275,6 +279,9 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	fmt.Fprintf(&b, "helper     %s\n", map[bool]string{true: "running", false: "NOT running: traffic flows, changes are not followed"}[s.Helper])
 	fmt.Fprintf(&b, "registry   %s%s\n", s.Registry, registryNote(s))
 	fmt.Fprintf(&b, "seal       %s\n", sealNote(s))
+	if s.Nodes != nil {
+		fmt.Fprintf(&b, "nodes      %s\n", s.Nodes.note(s.Peers))
+	}
 	fmt.Fprintf(&b, "dropped    %d plaintext packets on their way out, %d on their way in\n\n", s.Dropped.Out.Packets, s.Dropped.In.Packets)
 
 	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
@@ -292,6 +299,9 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	}
 	if s.Report != nil {
 		printReport(&b, s)
+	}
+	if s.Nodes != nil {
+		s.Nodes.print(&b, s.Time)
 	}
 	for _, op := range s.Pending {
 		fmt.Fprintln(&b, "pending:", op)

@@ -334,7 +334,7 @@ func TestStatusJSON(t *testing.T) {
 		value any
 		want  string
 	}{
-		{"status", top, "encryption helperRunning interface node ok peers pending plaintextDropped pods prefixes publicKey registry report seal time verdict"},
+		{"status", top, "encryption helperRunning interface node nodeTraffic ok peers pending plaintextDropped pods prefixes publicKey registry report seal time verdict"},
 		{"peer", top["peers"].([]any)[0], "allowedIPs endpoint lastHandshake name presharedKey publicKey receiveBytes state transmitBytes"},
 		{"interface", top["interface"], "listenPort mtu name up"},
 		{"report", top["report"], "at conflicts refused"},

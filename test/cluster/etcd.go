@@ -22,13 +22,15 @@ import (
 type EtcdOptions struct {
 	Members int      // optional: how many; 1 by default
 	Flags   []string // optional: more of etcd's own, for every member
+	Node    *Node    // optional: where it runs; the underlay's machine by default
 	// CAFile, CertFile and KeyFile are optional, all or none. With them clients
 	// must come by TLS, and show a certificate of this CA as each member does.
 	CAFile, CertFile, KeyFile string
 }
 
 // Etcd is a real etcd on the underlay: every node reaches it at the gateway's
-// address.
+// address, or at that of the node where it runs. With the node's machine it ends,
+// and is to be killed and started again.
 type Etcd struct {
 	Members []*EtcdMember
 
@@ -51,11 +53,15 @@ type EtcdMember struct {
 // StartEtcd starts an etcd and waits until it is healthy. It ends with the cluster.
 func (c *Cluster) StartEtcd(ctx context.Context, o EtcdOptions) (*Etcd, error) {
 	e := &Etcd{cluster: c, options: o}
+	address := Gateway4
+	if o.Node != nil {
+		address = o.Node.IPv4
+	}
 	for i := range max(o.Members, 1) {
 		e.Members = append(e.Members, &EtcdMember{
 			etcd: e, index: i,
-			client: netip.AddrPortFrom(Gateway4, uint16(2379+2*i)),
-			peer:   netip.AddrPortFrom(Gateway4, uint16(2380+2*i)),
+			client: netip.AddrPortFrom(address, uint16(2379+2*i)),
+			peer:   netip.AddrPortFrom(address, uint16(2380+2*i)),
 		})
 	}
 	return e, e.Start(ctx)
@@ -236,6 +242,13 @@ func (e *Etcd) AwaitHealthy(ctx context.Context) error {
 	return nil
 }
 
+func (e *Etcd) machine() *Machine {
+	if e.options.Node != nil {
+		return e.options.Node.Machine
+	}
+	return e.cluster.Underlay
+}
+
 func (e *Etcd) binary() string { return filepath.Join(e.cluster.BinDir, "etcd") }
 
 func (e *Etcd) folder() string { return filepath.Join(e.cluster.dir, "etcd") }
@@ -281,7 +294,7 @@ func (m *EtcdMember) Start() (err error) {
 	// A shell is between nsenter and etcd, since nsenter stops itself when its child
 	// is paused (util-linux, sys-utils/nsenter.c, continue_as_child). It then reaps
 	// nobody, and the machine could not end.
-	m.Process, err = e.cluster.Underlay.Start("sh", append([]string{"-c", `"$@" & wait`, "sh", e.binary()}, args...)...)
+	m.Process, err = e.machine().Start("sh", append([]string{"-c", `"$@" & wait`, "sh", e.binary()}, args...)...)
 	return err
 }
 
@@ -302,7 +315,7 @@ func (m *EtcdMember) Pause() error { return m.signalServer(unix.SIGSTOP) }
 func (m *EtcdMember) Resume() error { return m.signalServer(unix.SIGCONT) }
 
 func (m *EtcdMember) signalServer(sig unix.Signal) error {
-	found, err := m.etcd.cluster.Underlay.FindProcesses("--name " + m.name())
+	found, err := m.etcd.machine().FindProcesses("--name " + m.name())
 	if err != nil {
 		return err
 	}

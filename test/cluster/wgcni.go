@@ -154,6 +154,7 @@ type Status struct {
 		State        string         `json:"state"`
 		Endpoint     netip.AddrPort `json:"endpoint"`
 		AllowedIPs   []netip.Prefix `json:"allowedIPs"`
+		NodeTraffic  string         `json:"nodeTraffic"`
 	} `json:"peers"`
 	Dropped struct {
 		Out struct{ Packets uint64 } `json:"out"`

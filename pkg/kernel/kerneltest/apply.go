@@ -32,6 +32,16 @@ func (k *Kernel) apply(o mesh.Op) error {
 		return k.setFilterPods(o)
 	case mesh.RemoveFilter:
 		k.filter = mesh.Filter{}
+	case mesh.SetFilterNodes:
+		if k.filter.Interface == "" || k.filter.Nodes.Mark == 0 || o.Nodes.Mark != k.filter.Nodes.Mark {
+			return errNoTable
+		}
+		k.filter.Nodes = cloneNodes(o.Nodes)
+	case mesh.SetSrcValidMark:
+		if k.filter.Interface == "" {
+			return errNoTable
+		}
+		k.srcValidMark = o.On
 	case mesh.AddLink:
 		return k.addLink(o)
 	case mesh.ConfigureLink:
@@ -82,7 +92,7 @@ func (k *Kernel) setFilter(f mesh.Filter) error {
 		return errNoTable
 	}
 	f = cloneFilter(f)
-	f.Interface, f.Pods, f.Broken = k.filter.Interface, k.filter.Pods, k.filter.Broken
+	f.Interface, f.Pods, f.Broken, f.Nodes = k.filter.Interface, k.filter.Pods, k.filter.Broken, k.filter.Nodes
 	k.filter = f
 	return nil
 }
@@ -181,7 +191,7 @@ func (k *Kernel) hasAddress(a netip.Addr) bool {
 			return true
 		}
 	}
-	return false
+	return slices.Contains(k.Own, a)
 }
 
 func (k *Kernel) setPeer(o mesh.SetPeer) error {

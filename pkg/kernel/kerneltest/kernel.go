@@ -36,6 +36,8 @@ type Kernel struct {
 	// Name, if set, gives a public key the name under which String and Verdict
 	// show it; keys that it gives "" are shown whole. Set it before use.
 	Name func(wgtypes.Key) string
+	// Own are the machine's own addresses. Set it before use.
+	Own []netip.Addr
 
 	mu        sync.Mutex
 	link      mesh.Link
@@ -45,6 +47,8 @@ type Kernel struct {
 	routes    map[routeKey]route           // ours and foreign ones
 	rules     map[mesh.Rule]bool           // true: foreign
 	filter    mesh.Filter
+
+	srcValidMark bool
 }
 
 type routeKey struct {
@@ -80,7 +84,7 @@ func (k *Kernel) Observe() (mesh.State, error) {
 }
 
 func (k *Kernel) state() mesh.State {
-	s := mesh.State{Link: k.link, Filter: cloneFilter(k.filter)}
+	s := mesh.State{Link: k.link, Filter: cloneFilter(k.filter), SrcValidMark: k.srcValidMark}
 	for p := range k.addresses {
 		s.Addresses = append(s.Addresses, p)
 	}
@@ -109,7 +113,13 @@ func (k *Kernel) state() mesh.State {
 func cloneFilter(f mesh.Filter) mesh.Filter {
 	f.Cluster, f.Guarded, f.Local = slices.Clone(f.Cluster), slices.Clone(f.Guarded), slices.Clone(f.Local)
 	f.Pods, f.Exempt = slices.Clone(f.Pods), slices.Clone(f.Exempt)
+	f.Nodes = cloneNodes(f.Nodes)
 	return f
+}
+
+func cloneNodes(n mesh.NodeFilter) mesh.NodeFilter {
+	n.Own, n.Peers, n.Held, n.DirectPorts = slices.Clone(n.Own), slices.Clone(n.Peers), slices.Clone(n.Held), slices.Clone(n.DirectPorts)
+	return n
 }
 
 // AddForeignRoute puts in a route that is not ours, by the device dev.

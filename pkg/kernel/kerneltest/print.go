@@ -42,6 +42,9 @@ func (k *Kernel) String() string {
 		line("ip rule %s%s", r, foreign(k.rules[r]))
 	}
 	k.printFilter(line)
+	if k.srcValidMark {
+		line("sysctl src_valid_mark=1")
+	}
 	return b.String()
 }
 
@@ -60,6 +63,12 @@ func (k *Kernel) printFilter(line func(string, ...any)) {
 	set(line, "local", f.Local)
 	set(line, "pods", f.Pods)
 	set(line, "exempt", f.Exempt)
+	if f.Nodes.Mark != 0 {
+		line("nft nodes mark %#x direct %v", f.Nodes.Mark, f.Nodes.DirectPorts)
+		set(line, "own", f.Nodes.Own)
+		set(line, "nodes", f.Nodes.Peers)
+		set(line, "held", f.Nodes.Held)
+	}
 }
 
 // set prints a set of the filter; an empty one prints nothing.

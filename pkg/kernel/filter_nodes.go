@@ -1,0 +1,376 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// What the table has besides for the nodes' own traffic, where it is encrypted
+// (here for IPv4, wgcni0 and the mark 0x4):
+//
+//	chain node-arrive {                          # after every dnat
+//	  type filter hook prerouting priority dstnat + 10
+//	  iifname "wgcni0" ip saddr @nodes4 ct direction original ct mark set ct mark and not 0x4
+//	  iifname != "wgcni0" ip saddr @nodes4 jump node-plain
+//	  ip daddr @nodes4 ct direction reply ct mark and 0x4 meta mark set meta mark or 0x4
+//	}
+//	chain node-plain {                           # what another machine sends in the clear
+//	  ct state new ct mark set ct mark or 0x4    # it is answered in the clear
+//	  ip daddr @own4 ... @local4 ... @pods4 meta mark set meta mark or 0x4 return
+//	  ip daddr @cluster4 return; ip daddr @nodes4 return
+//	  meta mark set meta mark or 0x4             # or a strict rp_filter would drop it
+//	}
+//	chain node-send {
+//	  type route hook output priority dstnat + 10
+//	  ip daddr @nodes4 ct direction reply ct mark and 0x4 meta mark set meta mark or 0x4
+//	  ip daddr @nodes4 tcp dport @direct meta mark set meta mark or 0x4
+//	  ip daddr @nodes4 tcp sport @direct meta mark set meta mark or 0x4
+//	}
+//	chain forward { ...
+//	  oifname != "wgcni0" ip saddr @cluster4 ip daddr @held4 meta mark and 0x4 == 0 jump node-out
+//	  iifname != "wgcni0" ip saddr @held4 ip daddr @cluster4 counter name "dropped-in" drop
+//	}
+//	chain output { ...
+//	  oifname != "wgcni0" ip daddr @held4 meta mark and 0x4 == 0 jump node-out
+//	}
+//	chain node-out {                             # but for loopback and neighbour discovery
+//	  oifname "lo" return; icmpv6 type 133-137 return
+//	  counter name "dropped-out" drop
+//	}
+//	chain keep-source { ...
+//	  oifname "wgcni0" ip saddr @own4 snat ip to ip saddr
+//	}
+//
+// A packet in the clear never changes how a connection that began by the tunnel
+// is answered: whoever can forge one could have the answers in the clear.
+
+const (
+	setNodes  = "nodes"
+	setHeld   = "held"
+	setOwn    = "own"
+	setDirect = "direct"
+
+	chainNodePlain = "node-plain"
+	chainNodeOut   = "node-out"
+
+	arrivePriority = nftables.ChainPriority(-90) // behind every dnat, at dstnat (-100)
+)
+
+var nodeSets = []string{setNodes, setHeld, setOwn}
+
+// nodeSetOf returns the field that a set of machines' addresses holds.
+func nodeSetOf(n *mesh.NodeFilter, name string) *[]netip.Addr {
+	switch name {
+	case setNodes:
+		return &n.Peers
+	case setHeld:
+		return &n.Held
+	}
+	return &n.Own
+}
+
+// leadsTo reports whether an op would route one of the machines into the tunnel.
+// One that the filter does not know could not be answered in the clear any more.
+func leadsTo(op mesh.Op, machines []netip.Addr) bool {
+	o, ok := op.(mesh.SetRoute)
+	return ok && o.Route.Type == mesh.ViaLink && o.Route.Prefix.IsSingleIP() && slices.Contains(machines, o.Route.Prefix.Addr())
+}
+
+func directSet() *nftables.Set {
+	return &nftables.Set{Table: table(), Name: setDirect, KeyType: nftables.TypeInetService}
+}
+
+// addNodeRules adds what the plain chains get with a mark, and returns the chains
+// that there are besides.
+func addNodeRules(link string, mark uint32, forward, output, keepSource *chainSpec) []chainSpec {
+	arrive := chainSpec{name: "node-arrive", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: arrivePriority}
+	send := chainSpec{name: "node-send", kind: nftables.ChainTypeRoute, hook: nftables.ChainHookOutput, priority: arrivePriority}
+	plain, out := chainSpec{name: chainNodePlain}, chainSpec{name: chainNodeOut}
+	back := verdict("return", expr.VerdictReturn)
+
+	plain.add(ctNew(), setCtMark(mark, true))
+	out.add(loopback(), back)
+	out.add(neighbourDiscovery(), back)
+	for _, f := range families {
+		in, notIn := f.via(expr.MetaKeyIIFNAME, "iifname", link), f.notVia(expr.MetaKeyIIFNAME, "iifname", link)
+		notOut := f.notVia(expr.MetaKeyOIFNAME, "oifname", link)
+		asked := []part{f.proto(), f.to(setNodes), ctDirection("reply", 1), ctMarked(mark), setMark(mark)}
+		arrive.add(in, f.from(setNodes), ctDirection("original", 0), setCtMark(mark, false))
+		arrive.add(notIn, f.from(setNodes), jump(chainNodePlain))
+		arrive.add(asked...)
+		for _, set := range []string{setOwn, setLocal, setPods} {
+			plain.add(f.proto(), f.to(set), setMark(mark), back)
+		}
+		for _, set := range []string{setCluster, setNodes} {
+			plain.add(f.proto(), f.to(set), back)
+		}
+		send.add(asked...)
+		for _, end := range []part{tcpPort("dport", 2), tcpPort("sport", 0)} {
+			send.add(f.proto(), f.to(setNodes), end, setMark(mark))
+		}
+		forward.add(notOut, f.from(setCluster), f.to(setHeld), unmarked(mark), jump(chainNodeOut))
+		forward.add(notIn, f.from(setHeld), f.to(setCluster), count(counterIn), verdict("drop", expr.VerdictDrop))
+		output.add(notOut, f.to(setHeld), unmarked(mark), jump(chainNodeOut))
+		outLink := f.via(expr.MetaKeyOIFNAME, "oifname", link)
+		keepSource.add(outLink, f.from(setOwn), f.keepSource())
+	}
+	plain.add(setMark(mark))
+	out.add(count(counterOut), verdict("drop", expr.VerdictDrop))
+	return []chainSpec{plain, out, arrive, send}
+}
+
+// native is a mark as registers hold it.
+func native(n uint32) []byte { return binaryutil.NativeEndian.PutUint32(n) }
+
+// orBit sets or clears the mark's bit in register 1.
+func changeBit(mark uint32, on bool) *expr.Bitwise {
+	b := &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native(^mark), Xor: native(0)}
+	if on {
+		b.Xor = native(mark)
+	}
+	return b
+}
+
+func testBit(mark uint32, op expr.CmpOp) []expr.Any {
+	return []expr.Any{
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native(mark), Xor: native(0)},
+		&expr.Cmp{Op: op, Register: 1, Data: native(0)},
+	}
+}
+
+const setMarkText = "meta mark set "
+
+func setMark(mark uint32) part {
+	return part{fmt.Sprintf("%s%#x", setMarkText, mark), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, changeBit(mark, true),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
+	}}
+}
+
+// markOf is the inverse of setMark, for the last rule of node-plain; 0 if it is none.
+func markOf(text string) (mark uint32) {
+	hex, ok := strings.CutPrefix(text, setMarkText)
+	if n, err := fmt.Sscanf(hex, "0x%x", &mark); !ok || err != nil || n != 1 {
+		return 0
+	}
+	return mark
+}
+
+func unmarked(mark uint32) part {
+	return part{
+		fmt.Sprintf("meta mark not %#x", mark),
+		append([]expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}}, testBit(mark, expr.CmpOpEq)...),
+	}
+}
+
+func ctMarked(mark uint32) part {
+	return part{
+		fmt.Sprintf("ct mark %#x", mark),
+		append([]expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1}}, testBit(mark, expr.CmpOpNeq)...),
+	}
+}
+
+func setCtMark(mark uint32, on bool) part {
+	text := map[bool]string{true: "set", false: "clear"}[on]
+	return part{fmt.Sprintf("ct mark %s %#x", text, mark), []expr.Any{
+		&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, changeBit(mark, on),
+		&expr.Ct{Key: expr.CtKeyMARK, SourceRegister: true, Register: 1},
+	}}
+}
+
+func ctDirection(text string, direction byte) part {
+	return part{"ct " + text, []expr.Any{
+		&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{direction}},
+	}}
+}
+
+func ctNew() part {
+	return part{"ct state new", append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}, testBit(expr.CtStateBitNEW, expr.CmpOpNeq)...)}
+}
+
+func loopback() part {
+	name := make([]byte, unix.IFNAMSIZ)
+	copy(name, "lo")
+	return part{"oifname lo", []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: name},
+	}}
+}
+
+func layer4(protocol byte) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{protocol}},
+	}
+}
+
+// neighbourDiscovery are ICMPv6's types 133 to 137 (RFC 4861): what asks whether
+// a neighbour is still there is sent to its own address.
+func neighbourDiscovery() part {
+	return part{"icmpv6 type 133-137", append(layer4(unix.IPPROTO_ICMPV6),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
+		&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: []byte{133}, ToData: []byte{137}})}
+}
+
+func tcpPort(field string, offset uint32) part {
+	return part{"tcp " + field + " @" + setDirect, append(layer4(unix.IPPROTO_TCP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Lookup{SourceRegister: 1, SetName: setDirect})}
+}
+
+// addNodeSets makes the sets of a table that has the nodes' chains.
+func addNodeSets(c *nftables.Conn) error {
+	for _, fam := range families {
+		for _, name := range nodeSets {
+			if err := c.AddSet(fam.set(name), nil); err != nil {
+				return err
+			}
+		}
+	}
+	return c.AddSet(directSet(), nil)
+}
+
+func fillNodeSets(c *nftables.Conn, n mesh.NodeFilter) error {
+	for _, fam := range families {
+		for _, name := range nodeSets {
+			if err := addElements(c, fam.set(name), hosts(fam, *nodeSetOf(&n, name))); err != nil {
+				return err
+			}
+		}
+	}
+	var ports []nftables.SetElement
+	for _, p := range n.DirectPorts {
+		ports = append(ports, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, p)})
+	}
+	return addElements(c, directSet(), ports)
+}
+
+// setFilterNodes refills the sets in one transaction, so that no packet sees them empty.
+func (k *Kernel) setFilterNodes(n mesh.NodeFilter) error {
+	c, err := k.nftConn()
+	if err != nil {
+		return err
+	}
+	if err := k.forgetRoutes6(); err != nil { // before their packets are held
+		return err
+	}
+	for _, fam := range families {
+		for _, name := range nodeSets {
+			c.FlushSet(fam.set(name))
+		}
+	}
+	c.FlushSet(directSet())
+	if err := fillNodeSets(c, n); err != nil {
+		return err
+	}
+	return c.Flush()
+}
+
+func readNodeSets(c *nftables.Conn, n *mesh.NodeFilter) error {
+	for _, fam := range families {
+		for _, name := range nodeSets {
+			elements, err := c.GetSetElements(fam.set(name))
+			if err != nil {
+				return err
+			}
+			into := nodeSetOf(n, name)
+			for _, e := range elements {
+				if a, ok := netip.AddrFromSlice(e.Key); ok {
+					*into = append(*into, a)
+				}
+			}
+		}
+	}
+	elements, err := c.GetSetElements(directSet())
+	for _, e := range elements {
+		if len(e.Key) == 2 {
+			n.DirectPorts = append(n.DirectPorts, binary.BigEndian.Uint16(e.Key))
+		}
+	}
+	return err
+}
+
+// observeMark finds out which mark the table's chains were made for.
+func observeMark(c *nftables.Conn, plain *nftables.Chain) (uint32, error) {
+	if plain == nil {
+		return 0, nil
+	}
+	rules, err := c.GetRules(table(), plain)
+	if err != nil || len(rules) == 0 {
+		return 0, err
+	}
+	return markOf(commentOf(rules[len(rules)-1].UserData)), nil
+}
+
+// The table of family arp, with a strict rp_filter: a request for this node's
+// address, from a machine that is routed into the tunnel, would not be answered
+// (arp_process asks ip_route_input for the way back; no chain of family inet sees it).
+//
+//	chain input {
+//	  type filter hook input priority filter
+//	  meta mark set meta mark or 0x4
+//	}
+func arpTable() *nftables.Table {
+	return &nftables.Table{Name: TableName, Family: nftables.TableFamilyARP}
+}
+
+const arpChain = "input"
+
+func arpPresent(c *nftables.Conn) (bool, error) {
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyARP)
+	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName }), err
+}
+
+// arpHolds reports whether the arp table is as a mark needs it.
+func arpHolds(c *nftables.Conn, mark uint32) (bool, error) {
+	present, err := arpPresent(c)
+	if err != nil || mark == 0 || !present {
+		return err == nil && !present && (mark == 0 || !strictReversePath()), err
+	}
+	rules, err := c.GetRules(arpTable(), &nftables.Chain{Table: arpTable(), Name: arpChain})
+	if err != nil {
+		return false, ignoring(err, unix.ENOENT)
+	}
+	return len(rules) == 1 && commentOf(rules[0].UserData) == setMark(mark).text, nil
+}
+
+// replaceARP makes the arp table anew, or removes it where there is no use for it.
+func replaceARP(c *nftables.Conn, mark uint32) error {
+	present, err := arpPresent(c)
+	if err != nil {
+		return err
+	}
+	wanted := mark != 0 && strictReversePath()
+	if present {
+		c.DelTable(arpTable())
+	}
+	if wanted {
+		t, accept := arpTable(), nftables.ChainPolicyAccept
+		c.AddTable(t)
+		ch := c.AddChain(&nftables.Chain{
+			Table: t, Name: arpChain, Type: nftables.ChainTypeFilter, Policy: &accept,
+			Hooknum:  nftables.ChainHookRef(unix.NF_INET_PRE_ROUTING), // NF_ARP_IN has the same number
+			Priority: nftables.ChainPriorityFilter,
+		})
+		p := setMark(mark)
+		c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: p.exprs, UserData: comment(p.text)})
+	}
+	if !present && !wanted {
+		return nil
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("nftables table arp %s, which a strict rp_filter needs (net.ipv4.conf.*.rp_filter=2 does not): %w", TableName, err)
+	}
+	return nil
+}
