@@ -112,7 +112,7 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 	if err != nil {
 		return fmt.Errorf("make tun device %s: %w (is the tun module there, and /dev/net/tun?)", name, err)
 	}
-	socket, err := ipc.UAPIOpen(name)
+	socket, err := openSocket(ctx, name)
 	if err != nil {
 		dev.Close() //nolint:errcheck // on the way out
 		return fmt.Errorf("open the control socket of %s: %w", name, err)
@@ -150,6 +150,20 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 	case <-ctx.Done():
 	}
 	return nil
+}
+
+// socketPatience is how long a predecessor, whose interface is gone already, may
+// take to end.
+const socketPatience = time.Second
+
+func openSocket(ctx context.Context, name string) (*os.File, error) {
+	for deadline := time.Now().Add(socketPatience); ; {
+		f, err := ipc.UAPIOpen(name)
+		if err == nil || ctx.Err() != nil || time.Now().After(deadline) {
+			return f, err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 func tellReady() {
