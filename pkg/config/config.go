@@ -45,8 +45,11 @@ type Config struct {
 	mesh.Settings
 
 	PodCIDRs []netip.Prefix // empty: found, see FindPodCIDRs
-	Endpoint string         // host:port; empty: found from the default route
-	Registry Registry
+	// PodCIDRsLater says that flannel is to tell them, and has not yet: its file is
+	// in /run, so that after each boot that takes until flanneld has run.
+	PodCIDRsLater bool
+	Endpoint      string // host:port; empty: found from the default route
+	Registry      Registry
 
 	// SecretFile has the cluster secrets, see package identity; empty: there are none.
 	SecretFile string

@@ -97,7 +97,8 @@ func parseFile(data []byte) (Config, error) {
 		c.Name, c.CNIVersion = list.Name, list.CNIVersion
 	}
 	if len(c.PodCIDRs) == 0 {
-		if c.PodCIDRs, err = podCIDRs(list.Plugins, flannelSubnetFile); err != nil {
+		c.PodCIDRs, err = podCIDRs(list.Plugins, flannelSubnetFile)
+		if c.PodCIDRsLater = errors.Is(err, errNoSubnetFile); err != nil && !c.PodCIDRsLater {
 			return Config{}, err
 		}
 	}
@@ -155,11 +156,18 @@ func FindPodCIDRs(network, dir string) ([]netip.Prefix, error) {
 		}
 		var list conflist
 		if json.Unmarshal(data, &list) == nil && list.Name == network && slices.ContainsFunc(list.Plugins, isOurs) {
-			return podCIDRs(list.Plugins, flannelSubnetFile)
+			found, err := podCIDRs(list.Plugins, flannelSubnetFile)
+			if errors.Is(err, errNoSubnetFile) {
+				return nil, nil
+			}
+			return found, err
 		}
 	}
 	return nil, nil
 }
+
+// errNoSubnetFile says that flannel has not told the node's ranges yet.
+var errNoSubnetFile = errors.New("flannel has not written its subnet file yet")
 
 // podCIDRs takes the host-local subnets of the primary plugin, else flannel's
 // subnet file where flannel is the primary.
@@ -234,12 +242,12 @@ func hostLocalSubnets(ranges []hostLocalRange) ([]netip.Prefix, error) {
 	}), nil
 }
 
-// flannelSubnets reads FLANNEL_SUBNET and FLANNEL_IPV6_SUBNET. The file is not
-// there before flanneld's first start; its ranges are then found at the next look.
+// flannelSubnets reads FLANNEL_SUBNET and FLANNEL_IPV6_SUBNET. The error Is
+// errNoSubnetFile where flanneld has not run since the node booted.
 func flannelSubnets(path string) ([]netip.Prefix, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return nil, fmt.Errorf("%w: %s", errNoSubnetFile, path)
 	}
 	if err != nil {
 		return nil, err

@@ -156,6 +156,9 @@ func (l *Loop) Run(ctx context.Context) error {
 				continue
 			}
 		case <-storeEvents:
+			if l.config.PodCIDRsLater { // a pod has its address: they can be had by now
+				l.resync(ctx)
+			}
 			if !l.podsChanged(ctx) {
 				continue
 			}

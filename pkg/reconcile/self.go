@@ -31,8 +31,14 @@ func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []mesh
 	if before.Left || r.Since.IsZero() {
 		before, r.Since = registry.Record{Revision: before.Revision}, now
 	}
+	own := c.PodCIDRs
+	if c.PodCIDRsLater { // those of before the boot, which a node most often gets again
+		for _, claim := range before.Prefixes {
+			own = append(own, claim.Prefix)
+		}
+	}
 	r.Prefixes, r.Pods = mesh.Announce(mesh.Announcement{
-		Prefixes: c.PodCIDRs, ClusterCIDRs: c.ClusterCIDRs, Pods: pods,
+		Prefixes: own, ClusterCIDRs: c.ClusterCIDRs, Pods: pods,
 		Before: mesh.Node{Prefixes: before.Prefixes, Pods: before.Pods}, Rivals: rivals,
 	}, now)
 	if c.EncryptNodes {

@@ -176,3 +176,20 @@ func TestBootstrap(t *testing.T) {
 		t.Errorf("error %v, want %v", err, broken)
 	}
 }
+
+// After a boot flannel's file comes late: the node holds on to what it had, so
+// that the mesh does not hear of every boot twice.
+func TestSelfRecordBeforeFlannel(t *testing.T) {
+	before := registry.Record{Name: "a", PublicKey: keyA, Revision: 7, Since: at(1), Prefixes: claims(at(1), "10.244.1.0/24")}
+	c := testConfig(t)
+	c.PodCIDRs, c.PodCIDRsLater = nil, true
+	got := reconcile.SelfRecord(c, keyA, ethernet, nil, nil, before, at(9))
+	if diff := cmp.Diff(before.Prefixes, got.Prefixes, byValue); diff != "" {
+		t.Errorf("prefixes (-want +got):\n%s", diff)
+	}
+	c.PodCIDRs, c.PodCIDRsLater = prefixes("10.244.5.0/24"), false
+	got = reconcile.SelfRecord(c, keyA, ethernet, nil, nil, got, at(10))
+	if diff := cmp.Diff(claims(at(10), "10.244.5.0/24"), got.Prefixes, byValue); diff != "" {
+		t.Errorf("prefixes (-want +got):\n%s", diff)
+	}
+}

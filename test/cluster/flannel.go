@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
-	"os"
 	"path"
 	"path/filepath"
 	"strings"
@@ -46,11 +45,9 @@ func NewFlannel(ctx context.Context, e *Etcd, o FlannelOptions) (*Flannel, error
 	return f, err
 }
 
-// Start starts flanneld on a node and waits until it has said what the node's ranges are.
+// Start starts flanneld on a node and waits until it has said what the node's
+// ranges are, and has begun its work.
 func (f *Flannel) Start(ctx context.Context, n *Node) (*Process, error) {
-	if err := os.RemoveAll(n.Path(FlannelSubnetFile)); err != nil {
-		return nil, err
-	}
 	p, err := n.Start(filepath.Join(n.cluster.BinDir, "flanneld"), "--ip-masq",
 		"--etcd-endpoints", strings.Join(f.etcd.Endpoints(), ","), "--etcd-prefix", f.prefix)
 	if err != nil {
@@ -58,16 +55,7 @@ func (f *Flannel) Start(ctx context.Context, n *Node) (*Process, error) {
 	}
 	ctx, cancel := withDefaultTimeout(ctx, 30*time.Second)
 	defer cancel()
-	err = Poll(ctx, "flanneld to write "+FlannelSubnetFile, func() error {
-		select {
-		case <-p.Done():
-			return fmt.Errorf("flanneld has ended:\n%s", p.Log)
-		default:
-		}
-		_, err := n.ReadFile(FlannelSubnetFile)
-		return err
-	})
-	if err != nil {
+	if err := p.WaitFor(ctx, "Running backend."); err != nil {
 		return p, fmt.Errorf("%w\n%s", err, p.Log)
 	}
 	return p, nil
@@ -76,7 +64,7 @@ func (f *Flannel) Start(ctx context.Context, n *Node) (*Process, error) {
 // RemoveFlannel removes what flanneld leaves on a node when it ends.
 func (n *Node) RemoveFlannel(ctx context.Context) error {
 	_, err := n.Run(ctx, "sh", "-c", `for l in flannel.1 flannel-v6.1; do ip link delete $l 2>/dev/null; done
-for p in 10.244.0.0/16; do ip route flush root $p; done; ip -6 route flush root fd00:244::/32
+ip route flush root 10.244.0.0/16; ip -6 route flush root fd00:244::/32
 for t in iptables ip6tables; do $t -t nat -F; $t -F; $t -t nat -X; $t -X; done 2>/dev/null
 rm -rf /run/flannel`)
 	return err

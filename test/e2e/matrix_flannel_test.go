@@ -67,8 +67,31 @@ func flannelTraffic(ctx context.Context, b *bed, pods []*cluster.Pod) error {
 
 // startFlannel starts flanneld on both nodes; what it returns takes all of it away.
 func (b *bed) startFlannel(ctx context.Context, backend string, f family) (func() error, error) {
+	flannel, err := b.newFlannel(ctx, backend, f)
+	if err != nil {
+		return nil, err
+	}
+	daemons := make([]*cluster.Process, len(b.Nodes))
+	remove := func() error {
+		return together([]int{0, 1}, func(i int) error {
+			if daemons[i] != nil {
+				_ = daemons[i].Kill() // what it would take away itself, RemoveFlannel does
+			}
+			return b.Nodes[i].RemoveFlannel(context.Background())
+		})
+	}
+	err = together([]int{0, 1}, func(i int) (err error) {
+		daemons[i], err = flannel.Start(ctx, b.Nodes[i])
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, remove())
+	}
+	return remove, nil
+}
+
+func (b *bed) newFlannel(ctx context.Context, backend string, f family) (_ *cluster.Flannel, err error) {
 	if b.etcd == nil {
-		var err error
 		if b.etcd, err = b.StartEtcd(ctx, cluster.EtcdOptions{}); err != nil {
 			return nil, err
 		}
@@ -80,25 +103,5 @@ func (b *bed) startFlannel(ctx context.Context, backend string, f family) (func(
 	if f != ipv4 {
 		o.IPv6 = netip.MustParsePrefix("fd00:244::/48")
 	}
-	flannel, err := cluster.NewFlannel(ctx, b.etcd, o)
-	if err != nil {
-		return nil, err
-	}
-	daemons := make([]*cluster.Process, len(b.Nodes))
-	remove := func() error {
-		return together([]int{0, 1}, func(i int) error {
-			if daemons[i] != nil {
-				_ = daemons[i].Kill() // with SIGTERM it takes its time to say goodbye
-			}
-			return b.Nodes[i].RemoveFlannel(ctx)
-		})
-	}
-	err = together([]int{0, 1}, func(i int) (err error) {
-		daemons[i], err = flannel.Start(ctx, b.Nodes[i])
-		return err
-	})
-	if err != nil {
-		return nil, errors.Join(err, remove())
-	}
-	return remove, nil
+	return cluster.NewFlannel(ctx, b.etcd, o)
 }
