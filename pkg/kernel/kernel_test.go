@@ -343,6 +343,15 @@ ip route add default via 192.0.2.1 metric 100; ip -6 route add default via 2001:
 	if diff := cmp.Diff(want, u, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("underlay (-want +got):\n%s", diff)
 	}
+	for a, want := range map[string]int{"192.0.2.7": 1450, "2001:db8::7": 1450, "192.0.2.8": 0} {
+		if got, err := k.MTUOf(netip.MustParseAddr(a)); got != want || err != nil {
+			t.Errorf("MTU of %s: %d, %v; want %d", a, got, err, want)
+		}
+	}
+	sh(t, "ip route replace default via 192.0.2.1 metric 100 mtu 1400")
+	if u, err = k.Underlay(); u.MTU != 1400 || err != nil {
+		t.Errorf("a route with an MTU of 1400: %d, %v", u.MTU, err)
+	}
 }
 
 // An interface whose other end lies in a third namespace has an index in common

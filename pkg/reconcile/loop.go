@@ -41,8 +41,8 @@ const (
 // LoopKernel is a Kernel that tells of changes, and of the network below.
 type LoopKernel interface {
 	Kernel
+	UnderlayKernel
 	Watch(context.Context) (<-chan kernel.Event, error)
-	Underlay() (kernel.Underlay, error)
 }
 
 // Registry is where records come from and go to; a *registry.Registry.
@@ -272,12 +272,12 @@ func (l *Loop) PresharedKey(peer wgtypes.Key, f mesh.Fingerprint) (wgtypes.Key, 
 
 // lookBelow reads the underlay and reports whether it has changed.
 func (l *Loop) lookBelow() bool {
-	u, err := l.Kernel.Underlay()
+	u, err := Underlay(l.Kernel, l.config)
 	if err != nil {
 		l.Log.Warn("cannot read the underlay", "error", err)
 		return false
 	}
-	if u.MTU == 0 && l.underlay.MTU != 0 {
+	if len(u.All) == 0 && len(l.underlay.All) != 0 {
 		return false // a default route that is gone for a moment moves no node
 	}
 	changed := fmt.Sprint(u) != fmt.Sprint(l.underlay)

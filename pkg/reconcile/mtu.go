@@ -14,6 +14,33 @@ import (
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
+// UnderlayKernel tells of the network below.
+type UnderlayKernel interface {
+	Underlay() (kernel.Underlay, error)
+	MTUOf(netip.Addr) (int, error)
+}
+
+var _ UnderlayKernel = (*kernel.Kernel)(nil)
+
+// Underlay is the network below the tunnel, as the default routes show it. Where a
+// configured endpoint is an address of another interface (that of a private network
+// between the nodes), its MTU counts as well: the peers are behind it.
+func Underlay(k UnderlayKernel, c config.Config) (kernel.Underlay, error) {
+	u, err := k.Underlay()
+	if err != nil {
+		return u, err
+	}
+	endpoint, perr := netip.ParseAddrPort(c.Endpoint)
+	if perr != nil { // none, or a name
+		return u, nil
+	}
+	mtu, err := k.MTUOf(endpoint.Addr().Unmap())
+	if mtu != 0 && (u.MTU == 0 || mtu < u.MTU) {
+		u.MTU = mtu
+	}
+	return u, err
+}
+
 // FindMTU is the tunnel's MTU, in bytes: by the underlay, and by the families of
 // all endpoints there are. It does not go below what the cluster's families need.
 func FindMTU(c config.Config, u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
@@ -76,19 +103,22 @@ var _ PodLink = (*kernel.PodLink)(nil)
 // we changed it, or what it was given since by somebody else (the tuning plugin
 // behind us in the chain, a person).
 func FitLink(at *store.Attachment, link PodLink, tunnel int) (int, error) {
-	set, err := link.Fit(at.TunnelMTU)
-	if err != nil {
-		return 0, err
+	wished := link.MTU()
+	if at.LinkMTU != 0 {
+		set, err := link.Fit(at.TunnelMTU)
+		if err != nil {
+			return 0, err
+		}
+		if wished == min(at.LinkMTU, set) { // that was us
+			wished = at.LinkMTU
+		}
 	}
 	fit, err := link.Fit(tunnel)
 	if err != nil {
 		return 0, err
 	}
-	if have := link.MTU(); at.LinkMTU == 0 || have != min(at.LinkMTU, set) {
-		at.LinkMTU = have
-	}
-	at.TunnelMTU = tunnel
-	mtu := min(at.LinkMTU, fit)
+	at.LinkMTU, at.TunnelMTU = wished, tunnel
+	mtu := min(wished, fit)
 	return mtu, link.SetMTU(mtu)
 }
 
@@ -113,10 +143,9 @@ func (p Pass) fitLinks(ctx context.Context, pods []store.Attachment) (fitted []s
 	return fitted, errors.Join(errs...)
 }
 
-// fitPod leaves at as it is where the pod's namespace cannot be seen: it is gone
-// and will be swept, or is seen again later.
+// fitPod leaves at as it is where the pod is gone, and will be swept.
 func fitPod(at *store.Attachment, tunnel int) error {
-	if id := kernel.SandboxID(at.Sandbox); id == 0 || at.SandboxID != 0 && id != at.SandboxID {
+	if kernel.SandboxGone(at.Sandbox, at.SandboxID) {
 		return nil
 	}
 	link, err := kernel.OpenPodLink(at.Sandbox, at.IfName)

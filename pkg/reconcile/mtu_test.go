@@ -50,6 +50,33 @@ func TestFindMTU(t *testing.T) {
 	}
 }
 
+// The peers may be behind another interface than the default route's.
+func TestUnderlayOfAnEndpoint(t *testing.T) {
+	for _, tt := range []struct {
+		endpoint   string
+		ethernet   int // 0: no default route
+		mtu, addrs int
+	}{
+		{"", 1500, 1500, 1},
+		{"node.example.org:51820", 1500, 1500, 1},
+		{"203.0.113.5:51820", 1500, 1500, 1}, // translated on the way
+		{"198.51.100.7:51820", 1500, 1450, 1},
+		{"[::ffff:198.51.100.7]:51820", 1500, 1450, 1},
+		{"198.51.100.7:51820", 1400, 1400, 1},
+		{"198.51.100.7:51820", 0, 1450, 0},
+	} {
+		k, c := newKernel(), testConfig(t)
+		k.underlay.MTU, c.Endpoint = tt.ethernet, tt.endpoint
+		if tt.ethernet == 0 {
+			k.underlay = kernel.Underlay{}
+		}
+		u, err := reconcile.Underlay(k, c)
+		if err != nil || u.MTU != tt.mtu || len(u.Addresses) != tt.addrs {
+			t.Errorf("%q over %d: %+v, %v; want MTU %d", tt.endpoint, tt.ethernet, u, err, tt.mtu)
+		}
+	}
+}
+
 func TestFragmentsNote(t *testing.T) {
 	const four, both = "10.244.0.0/16", "10.244.0.0/16 fd00:244::/32"
 	for _, tt := range []struct {

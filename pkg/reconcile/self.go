@@ -99,7 +99,7 @@ func Endpoints(c config.Config, u kernel.Underlay) []string {
 // its own prefixes and the MTU, from the configuration and the underlay alone.
 // The plugin's stanza does not say what ranges its siblings have, so that they
 // are looked up in the CNI folder.
-func Bootstrap(c config.Config, known store.Known, underlay func() (kernel.Underlay, error), now time.Time) (store.Known, error) {
+func Bootstrap(c config.Config, known store.Known, k UnderlayKernel, now time.Time) (store.Known, error) {
 	if known.Self.Since.IsZero() {
 		if len(c.PodCIDRs) == 0 {
 			// None found: the pods' own addresses are guarded one by one.
@@ -108,7 +108,7 @@ func Bootstrap(c config.Config, known store.Known, underlay func() (kernel.Under
 		known.Self.Prefixes, _ = mesh.Announce(mesh.Announcement{Prefixes: c.PodCIDRs, ClusterCIDRs: c.ClusterCIDRs}, now)
 	}
 	if known.MTU == 0 {
-		u, err := underlay()
+		u, err := Underlay(k, c)
 		if err != nil {
 			return known, err
 		}

@@ -150,20 +150,17 @@ func TestBootstrap(t *testing.T) {
 		{"a peer by IPv6", store.Known{Records: registry.NewSnapshot(registry.Record{Name: "b", Endpoints: []string{"[2001:db8::2]:1"}})}, nil, nil, 1420, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c, asked := testConfig(t), 0
+			c, below := testConfig(t), &fakeUnderlay{}
 			c.Name, c.PodCIDRs = "no-such-network", tt.podCIDRs
-			got, err := reconcile.Bootstrap(c, tt.known, func() (kernel.Underlay, error) {
-				asked++
-				return ethernet, nil
-			}, at(5))
+			got, err := reconcile.Bootstrap(c, tt.known, below, at(5))
 			if err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(tt.prefixes, got.Self.Prefixes, byValue); diff != "" {
 				t.Errorf("prefixes (-want +got):\n%s", diff)
 			}
-			if got.MTU != tt.mtu || asked != tt.asked {
-				t.Errorf("MTU %d after asking for the underlay %d times, want %d after %d", got.MTU, asked, tt.mtu, tt.asked)
+			if got.MTU != tt.mtu || below.asked != tt.asked {
+				t.Errorf("MTU %d after asking for the underlay %d times, want %d after %d", got.MTU, below.asked, tt.mtu, tt.asked)
 			}
 			if !got.Self.Since.Equal(tt.known.Self.Since) {
 				t.Errorf("it says that the helper has run: since %v", got.Self.Since)
@@ -171,7 +168,7 @@ func TestBootstrap(t *testing.T) {
 		})
 	}
 	broken := errors.New("no netlink")
-	_, err := reconcile.Bootstrap(testConfig(t), store.Known{}, func() (kernel.Underlay, error) { return kernel.Underlay{}, broken }, time.Time{})
+	_, err := reconcile.Bootstrap(testConfig(t), store.Known{}, &fakeUnderlay{err: broken}, time.Time{})
 	if !errors.Is(err, broken) {
 		t.Errorf("error %v, want %v", err, broken)
 	}
@@ -193,3 +190,16 @@ func TestSelfRecordBeforeFlannel(t *testing.T) {
 		t.Errorf("prefixes (-want +got):\n%s", diff)
 	}
 }
+
+// fakeUnderlay is that of a machine on Ethernet, which counts how often it is asked.
+type fakeUnderlay struct {
+	asked int
+	err   error
+}
+
+func (u *fakeUnderlay) Underlay() (kernel.Underlay, error) {
+	u.asked++
+	return ethernet, u.err
+}
+
+func (u *fakeUnderlay) MTUOf(netip.Addr) (int, error) { return 0, u.err }

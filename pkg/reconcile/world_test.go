@@ -33,6 +33,7 @@ var (
 	outsider  = netip.MustParseAddr("10.244.200.7")
 	neighbour = netip.MustParseAddr("10.244.200.6")
 	ethernet  = underlay("192.0.2.1")
+	private   = netip.MustParseAddr("198.51.100.7")
 )
 
 // byValue lets cmp.Diff compare what has no exported fields.
@@ -178,6 +179,14 @@ func (k *fakeKernel) Underlay() (kernel.Underlay, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.underlay, nil
+}
+
+// MTUOf knows one more interface, of a private network.
+func (k *fakeKernel) MTUOf(a netip.Addr) (int, error) {
+	if a == private {
+		return 1450, nil
+	}
+	return 0, nil
 }
 
 func (k *fakeKernel) set(f func(*fakeKernel)) {

@@ -210,7 +210,7 @@ func wholePass(ctx context.Context, conf config.Config, k *kernel.Kernel) (recon
 		warn("%v", damaged)
 	}
 	now := time.Now()
-	if known, err = reconcile.Bootstrap(conf, known, k.Underlay, now); err != nil {
+	if known, err = reconcile.Bootstrap(conf, known, k, now); err != nil {
 		return reconcile.Pass{}, err
 	}
 	key, err := publicKey(conf.StateDir)

@@ -155,7 +155,7 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	s.Nodes = nodeTraffic(c, outcome, s.Peers, now)
 	if l := outcome.Observed.Link; l.Name != "" {
 		s.Interface = &LinkStatus{Name: l.Name, MTU: l.MTU, Up: l.Up, ListenPort: l.ListenPort}
-		if u, err := k.Underlay(); err == nil { // else nothing is known of it
+		if u, err := reconcile.Underlay(k, c); err == nil { // else nothing is known of it
 			s.Interface.Fragments = reconcile.FragmentsNote(c, u, known)
 		}
 	}
@@ -181,7 +181,7 @@ func readNode(ctx context.Context, c config.Config, k *kernel.Kernel, now time.T
 	if known, _, err = store.LoadKnown(ctx, c.StateDir); err != nil {
 		return known, public, err
 	}
-	if known, err = reconcile.Bootstrap(c, known, k.Underlay, now); err != nil {
+	if known, err = reconcile.Bootstrap(c, known, k, now); err != nil {
 		return known, public, err
 	}
 	key, err := identity.Load(c.StateDir)

@@ -6,7 +6,6 @@ import (
 	"encoding/base32"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 	"testing"
 
@@ -20,10 +19,10 @@ type service struct {
 	port      uint16
 	nodePort  uint16
 	local     bool // externalTrafficPolicy: Local
-	backends  []backend
+	backend   backend
 }
 
-// A backend is a pod behind a service, and its node.
+// A backend is the pod behind a service, and its node.
 type backend struct {
 	address netip.Addr
 	node    *cluster.Node
@@ -53,18 +52,13 @@ func (k kubeProxy) family(v4, v6 string) string {
 }
 
 func (k kubeProxy) clusterCIDR() string {
-	return podRanges[map[bool]int{false: 0, true: 1}[k.v6]].String()
+	return k.family(podRanges[0].String(), podRanges[1].String())
 }
 
 // hash names chains as kube-proxy does (portProtoHash in pkg/proxy/iptables).
 func hash(parts ...string) string {
 	sum := sha256.Sum256([]byte(strings.Join(parts, "")))
 	return base32.StdEncoding.EncodeToString(sum[:])[:16]
-}
-
-// own are the backends on this node: the only ones that externalTrafficPolicy Local uses.
-func (k kubeProxy) own(s service) []backend {
-	return slices.DeleteFunc(slices.Clone(s.backends), func(b backend) bool { return b.node != k.node })
 }
 
 // iptables is what kube-proxy gives to iptables-restore, in iptables mode.
@@ -115,15 +109,8 @@ func (k kubeProxy) iptablesService(s service, proto string, chain func(string), 
 	if k.cidr {
 		rule(`%s ! -s %s %s -j KUBE-MARK-MASQ`, svc, k.clusterCIDR(), to)
 	}
-	balance := func(from string, backends []backend) {
-		for i, b := range backends {
-			random := ""
-			if rest := len(backends) - i; rest > 1 {
-				random = fmt.Sprintf("-m statistic --mode random --probability %.10f ", 1/float64(rest))
-			}
-			rule(`%s %s-j KUBE-SEP-%s`, from, random, hash(s.name, proto, b.address.String()))
-		}
-	}
+	sep := "KUBE-SEP-" + hash(s.name, proto, s.backend.address.String())
+	chain(sep)
 	if s.local {
 		chain(svl)
 		if k.cidr {
@@ -132,18 +119,16 @@ func (k kubeProxy) iptablesService(s service, proto string, chain func(string), 
 		rule(`%s -m comment --comment "masquerade LOCAL traffic" -m addrtype --src-type LOCAL -j KUBE-MARK-MASQ`, ext)
 		rule(`%s -m comment --comment "route LOCAL traffic" -m addrtype --src-type LOCAL -j %s`, ext, svc)
 		rule(`%s -j %s`, ext, svl)
-		balance(svl, k.own(s))
+		if s.backend.node == k.node {
+			rule(`%s -j %s`, svl, sep)
+		}
 	} else {
 		rule(`%s -m comment --comment "masquerade traffic for external destinations" -j KUBE-MARK-MASQ`, ext)
 		rule(`%s -j %s`, ext, svc)
 	}
-	balance(svc, s.backends)
-	for _, b := range s.backends {
-		sep := "KUBE-SEP-" + hash(s.name, proto, b.address.String())
-		chain(sep)
-		rule(`%s -s %s -j KUBE-MARK-MASQ`, sep, b.address)
-		rule(`%s -m %[2]s -p %[2]s -j DNAT --to-destination %s`, sep, proto, netip.AddrPortFrom(b.address, backendPort))
-	}
+	rule(`%s -j %s`, svc, sep)
+	rule(`%s -s %s -j KUBE-MARK-MASQ`, sep, s.backend.address)
+	rule(`%s -m %[2]s -p %[2]s -j DNAT --to-destination %s`, sep, proto, netip.AddrPortFrom(s.backend.address, backendPort))
 }
 
 // nftables is what kube-proxy gives to nft, in nftables mode.
@@ -200,29 +185,16 @@ func (k kubeProxy) nftables() string {
 func (k kubeProxy) nftablesService(s service, proto, t, ip string, add func(string, ...any)) {
 	id := hash(s.name, proto)[:8] + "-" + s.name + "/" + proto
 	svc, ext := "service-"+id, "external-"+id
-	endpoint := func(b backend) string {
-		return "endpoint-" + hash(s.name, proto, b.address.String())[:8] + "-" + s.name + "/" + proto + "__" + strings.ReplaceAll(b.address.String(), ":", ".")
-	}
-	for _, b := range s.backends {
-		add("chain %s %s", t, endpoint(b))
-		add("rule %s %s %s saddr %s jump mark-for-masquerade", t, endpoint(b), ip, b.address)
-		add("rule %s %s meta l4proto %s dnat to %s", t, endpoint(b), proto, netip.AddrPortFrom(b.address, backendPort))
-	}
-	balance := func(from string, backends []backend) {
-		if len(backends) == 0 {
-			return
-		}
-		var verdicts []string
-		for i, b := range backends {
-			verdicts = append(verdicts, fmt.Sprintf("%d : goto %s", i, endpoint(b)))
-		}
-		add("rule %s %s numgen random mod %d vmap { %s }", t, from, len(backends), strings.Join(verdicts, " , "))
-	}
+	endpoint := "endpoint-" + hash(s.name, proto, s.backend.address.String())[:8] + "-" + s.name + "/" + proto + "__" + strings.ReplaceAll(s.backend.address.String(), ":", ".")
+	add("chain %s %s", t, endpoint)
+	add("rule %s %s %s saddr %s jump mark-for-masquerade", t, endpoint, ip, s.backend.address)
+	add("rule %s %s meta l4proto %s dnat to %s", t, endpoint, proto, netip.AddrPortFrom(s.backend.address, backendPort))
+	use := func(from string) { add("rule %s %s numgen random mod 1 vmap { 0 : goto %s }", t, from, endpoint) }
 	add("chain %s %s", t, svc)
 	if k.cidr {
 		add("rule %s %s %[3]s daddr %[4]s %[3]s saddr != %[5]s jump mark-for-masquerade", t, svc, ip, s.clusterIP, k.clusterCIDR())
 	}
-	balance(svc, s.backends)
+	use(svc)
 	add("chain %s %s", t, ext)
 	if s.local {
 		if k.cidr {
@@ -230,7 +202,9 @@ func (k kubeProxy) nftablesService(s service, proto, t, ip string, add func(stri
 		}
 		add("rule %s %s fib saddr type local jump mark-for-masquerade", t, ext)
 		add("rule %s %s fib saddr type local goto %s", t, ext, svc)
-		balance(ext, k.own(s))
+		if s.backend.node == k.node {
+			use(ext)
+		}
 	} else {
 		add("rule %s %s jump mark-for-masquerade", t, ext)
 		add("rule %s %s goto %s", t, ext, svc)

@@ -363,6 +363,39 @@ func TestLinksFollowTheTunnel(t *testing.T) {
 	}
 }
 
+// Pods that come while the underlay changes have the right MTU in the end, whoever
+// comes first: their ADD with the old one or the helper with the new.
+func TestPodsComeWhileTheUnderlayChanges(t *testing.T) {
+	c := configured(t, 1, cluster.NetworkOptions{})
+	n := c.Nodes[0]
+	helperUp(t, n)
+	const pods = 16
+	added := make(chan *cluster.Pod, pods)
+	var failed error
+	go func() {
+		defer close(added)
+		for i := range pods {
+			p, err := n.AddPod(t.Context(), cluster.NetworkName, fmt.Sprintf("pod%d", i), cluster.PodOptions{})
+			if failed = errors.Join(failed, err); err == nil {
+				added <- p
+			}
+		}
+	}()
+	var all []*cluster.Pod
+	last := 0
+	for p := range added {
+		all = append(all, p)
+		last = []int{1450, 1500}[len(all)%2]
+		setUnderlay(t, c, last)
+	}
+	if failed != nil {
+		t.Fatal(failed)
+	}
+	for _, p := range all {
+		awaitMTU(t, p, last-80)
+	}
+}
+
 // A configured MTU that does not fit is used, and said to be wrong, until it is mended.
 func TestConfiguredMTU(t *testing.T) {
 	m := newMesh(t, 2, 1, cluster.NetworkOptions{Stanza: map[string]any{"mtu": 1430}})

@@ -27,7 +27,8 @@ type serviceCase struct {
 	plain bool
 }
 
-// services are a node's with rules in both families.
+// servicesOf are the services of one family: with a backend on the other node, with
+// the client itself behind it, and with externalTrafficPolicy Local.
 func servicesOf(v6 bool, front, back, self *cluster.Pod) []service {
 	ip := func(n int) netip.Addr {
 		if v6 {
@@ -35,16 +36,16 @@ func servicesOf(v6 bool, front, back, self *cluster.Pod) []service {
 		}
 		return netip.MustParseAddr(fmt.Sprintf("10.96.0.%d", n))
 	}
-	at := func(p *cluster.Pod) []backend {
+	at := func(p *cluster.Pod) backend {
 		if v6 {
-			return []backend{{p.IPv6(), p.Node}}
+			return backend{p.IPv6(), p.Node}
 		}
-		return []backend{{p.IPv4(), p.Node}}
+		return backend{p.IPv4(), p.Node}
 	}
 	return []service{
-		{name: "default/back", clusterIP: ip(10), port: servicePort, nodePort: 30010, backends: at(back)},
-		{name: "default/self", clusterIP: ip(11), port: servicePort, nodePort: 30011, backends: at(self)},
-		{name: "default/local", clusterIP: ip(12), port: servicePort, nodePort: 30012, local: true, backends: append(at(front), at(back)...)},
+		{name: "default/back", clusterIP: ip(10), port: servicePort, nodePort: 30010, backend: at(back)},
+		{name: "default/self", clusterIP: ip(11), port: servicePort, nodePort: 30011, backend: at(self)},
+		{name: "default/local", clusterIP: ip(12), port: servicePort, nodePort: 30012, local: true, backend: at(front)},
 	}
 }
 
@@ -57,7 +58,7 @@ type serviceMesh struct {
 
 func newServiceMesh(t *testing.T) *serviceMesh {
 	t.Helper()
-	portmap := map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}}
+	portmap := map[string]any{"type": "portmap", "backend": "nftables", "capabilities": map[string]any{"portMappings": true}}
 	m := &serviceMesh{mesh: newMesh(t, 2, 0, cluster.NetworkOptions{
 		Chain: []any{portmap}, Primary: map[string]any{"hairpinMode": true}, // as flannel has it: a pod may call itself
 	})}

@@ -62,7 +62,11 @@ var circumstances = []struct {
 	{name: "unknown key", keys: map[string]any{"clusterCidr": 5}},
 	{name: "wrong values", keys: map[string]any{"clusterCIDRs": "x", "registry": nil, "mtu": true}},
 	{name: "a store of garbage", lost: true, make: damaged(func([]byte) []byte { return bytes.Repeat([]byte("garbage "), 5000) })},
-	{name: "a store cut in the middle", lost: true, make: damaged(func(b []byte) []byte { return b[:len(b)/2] })},
+	// Cut where pods begin: bbolt may have all that counts in the first half of its pages.
+	{name: "a store cut in the middle", lost: true, make: damaged(func(b []byte) []byte {
+		head, _, _ := bytes.Cut(b, []byte("containerID"))
+		return head
+	})},
 	{name: "a store of one page", lost: true, make: damaged(func(b []byte) []byte { return b[:4096] })},
 	{name: "zeroed pages", lost: true, make: damaged(func(b []byte) []byte { clear(b[8192:]); return b })},
 	{name: "pages of random content", lost: true, make: damaged(func(b []byte) []byte {
