@@ -25,13 +25,15 @@ import (
 //	  ip daddr @nodes4 ct direction reply ct mark and 0x4 meta mark set meta mark or 0x4
 //	}
 //	chain node-plain {                           # what another machine sends in the clear
-//	  ct state new ct mark set ct mark or 0x4    # it is answered in the clear
+//	  ct state new tcp ct mark set ct mark or 0x4    # it is answered in the clear
+//	  ... and so for udp dport < 32768, icmp, icmpv6
 //	  ip daddr @own4 ... @local4 ... @pods4 meta mark set meta mark or 0x4 return
 //	  ip daddr @cluster4 return; ip daddr @nodes4 return
 //	  meta mark set meta mark or 0x4             # or a strict rp_filter would drop it
 //	}
 //	chain node-send {
 //	  type route hook output priority dstnat + 10
+//	  ip daddr @nodes4 ct direction reply tcp flags & (fin|syn|rst|ack) == syn ct mark set ct mark and not 0x4
 //	  ip daddr @nodes4 ct direction reply ct mark and 0x4 meta mark set meta mark or 0x4
 //	  ip daddr @nodes4 tcp dport @direct meta mark set meta mark or 0x4
 //	  ip daddr @nodes4 tcp sport @direct meta mark set meta mark or 0x4
@@ -52,7 +54,9 @@ import (
 //	}
 //
 // A packet in the clear never changes how a connection that began by the tunnel
-// is answered: whoever can forge one could have the answers in the clear.
+// is answered: whoever can forge one could have the answers in the clear. Nor can
+// it make what this node is about to send look like an answer: a SYN is none, and
+// UDP from the ports that clients get (ip_local_port_range) is not taken for one.
 
 const (
 	setNodes  = "nodes"
@@ -79,11 +83,53 @@ func nodeSetOf(n *mesh.NodeFilter, name string) *[]netip.Addr {
 	return &n.Own
 }
 
-// leadsTo reports whether an op would route one of the machines into the tunnel.
-// One that the filter does not know could not be answered in the clear any more.
-func leadsTo(op mesh.Op, machines []netip.Addr) bool {
-	o, ok := op.(mesh.SetRoute)
-	return ok && o.Route.Type == mesh.ViaLink && o.Route.Prefix.IsSingleIP() && slices.Contains(machines, o.Route.Prefix.Addr())
+// A nodeGate keeps a pass that fails half-way from locking a machine out. One
+// that the filter does not know is not routed into the tunnel: it could not be
+// answered in the clear any more. One that is not routed is not held.
+type nodeGate struct {
+	machines []netip.Addr
+	closed   bool // the filter is not as it should be
+	unrouted bool
+}
+
+func newNodeGate(ops []mesh.Op) *nodeGate {
+	g := &nodeGate{}
+	for _, op := range ops {
+		switch o := op.(type) {
+		case mesh.ReplaceFilter:
+			g.machines = o.Filter.Nodes.Peers
+		case mesh.SetFilterNodes:
+			g.machines = o.Nodes.Peers
+		}
+	}
+	return g
+}
+
+// shuts reports whether an op is to be left out.
+func (g *nodeGate) shuts(op mesh.Op) bool {
+	switch o := op.(type) {
+	case mesh.SetFilterNodes:
+		return g.unrouted
+	case mesh.SetRoute:
+		g.unrouted = g.unrouted || g.closed && g.leads(o)
+		return g.closed && g.leads(o)
+	}
+	return false
+}
+
+// fail takes in that an op has failed, or was left out.
+func (g *nodeGate) fail(op mesh.Op) {
+	switch o := op.(type) {
+	case mesh.ReplaceFilter, mesh.SetFilterNodes, mesh.SetSrcValidMark:
+		g.closed = true
+	case mesh.SetRoute:
+		g.unrouted = g.unrouted || g.leads(o)
+	}
+}
+
+// leads reports whether a route leads one of the machines into the tunnel.
+func (g *nodeGate) leads(o mesh.SetRoute) bool {
+	return o.Route.Type == mesh.ViaLink && o.Route.Prefix.IsSingleIP() && slices.Contains(g.machines, o.Route.Prefix.Addr())
 }
 
 func directSet() *nftables.Set {
@@ -98,7 +144,9 @@ func addNodeRules(link string, mark uint32, forward, output, keepSource *chainSp
 	plain, out := chainSpec{name: chainNodePlain}, chainSpec{name: chainNodeOut}
 	back := verdict("return", expr.VerdictReturn)
 
-	plain.add(ctNew(), setCtMark(mark, true))
+	for _, asks := range []part{{"tcp", layer4(unix.IPPROTO_TCP)}, udpService(), {"icmp", layer4(unix.IPPROTO_ICMP)}, {"icmpv6", layer4(unix.IPPROTO_ICMPV6)}} {
+		plain.add(ctNew(), asks, setCtMark(mark, true))
+	}
 	out.add(loopback(), back)
 	out.add(neighbourDiscovery(), back)
 	for _, f := range families {
@@ -114,6 +162,7 @@ func addNodeRules(link string, mark uint32, forward, output, keepSource *chainSp
 		for _, set := range []string{setCluster, setNodes} {
 			plain.add(f.proto(), f.to(set), back)
 		}
+		send.add(f.proto(), f.to(setNodes), ctDirection("reply", 1), tcpSYN(), setCtMark(mark, false))
 		send.add(asked...)
 		for _, end := range []part{tcpPort("dport", 2), tcpPort("sport", 0)} {
 			send.add(f.proto(), f.to(setNodes), end, setMark(mark))
@@ -227,6 +276,22 @@ func tcpPort(field string, offset uint32) part {
 	return part{"tcp " + field + " @" + setDirect, append(layer4(unix.IPPROTO_TCP),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
 		&expr.Lookup{SourceRegister: 1, SetName: setDirect})}
+}
+
+// udpService is UDP to a port below those that Linux gives to clients.
+func udpService() part {
+	return part{"udp dport < 32768", append(layer4(unix.IPPROTO_UDP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpLt, Register: 1, Data: binary.BigEndian.AppendUint16(nil, 32768)})}
+}
+
+// tcpSYN is the first packet of a connection.
+func tcpSYN() part {
+	const syn, flags = 0x02, 0x17 // FIN, SYN, RST and ACK (RFC 9293, section 3.1)
+	return part{"tcp flags syn", append(layer4(unix.IPPROTO_TCP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{flags}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{syn}})}
 }
 
 // addNodeSets makes the sets of a table that has the nodes' chains.

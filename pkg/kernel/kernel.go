@@ -3,7 +3,6 @@ package kernel
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -95,13 +94,15 @@ func (k *Kernel) Observe() (mesh.State, error) {
 func (k *Kernel) Apply(ops []mesh.Op) error {
 	var errs []error
 	linkMissing := false
-	var unknown []netip.Addr // machines that the filter should know, and does not
+	gate := newNodeGate(ops)
 	k.linkIndex = 0
 	for len(ops) > 0 {
 		op, n := ops[0], 1
 		var err error
 		switch {
-		case linkMissing && mesh.NeedsLink(op), leadsTo(op, unknown):
+		case linkMissing && mesh.NeedsLink(op):
+			gate.fail(op)
+		case gate.shuts(op):
 		case isPeerOp(op):
 			n = leadingPeerOps(ops)
 			err = k.applyPeers(ops[:n])
@@ -113,13 +114,9 @@ func (k *Kernel) Apply(ops []mesh.Op) error {
 				err = fmt.Errorf("%s: %w", op, err)
 			}
 			errs = append(errs, err)
-			switch o := op.(type) {
-			case mesh.AddLink:
+			gate.fail(op)
+			if _, add := op.(mesh.AddLink); add {
 				linkMissing = true
-			case mesh.ReplaceFilter:
-				unknown = o.Filter.Nodes.Peers
-			case mesh.SetFilterNodes:
-				unknown = o.Nodes.Peers
 			}
 		}
 		ops = ops[n:]

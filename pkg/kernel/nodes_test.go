@@ -109,3 +109,37 @@ func TestSrcValidMarkIsPutBack(t *testing.T) {
 		}
 	}
 }
+
+// Where there is no tunnel, or no address to send from, nothing is held that is
+// not routed: a node would be cut off that could send in the clear until then.
+func TestNothingIsHeldThatIsNotRouted(t *testing.T) {
+	held := func() string { return sh(t, "nft list set inet wgcni held4 && nft list set inet wgcni nodes4") }
+	k := open(t)
+	k.StartTunnel = nil
+	want := nodesPlan(true)
+	observed, err := k.Observe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = k.Apply(mesh.Diff(observed, want, mesh.Context{})) // no address 192.0.2.200 here
+	if err == nil || strings.Count(held(), "192.0.2.1") != 1 {
+		t.Errorf("error %v, sets\n%s", err, held())
+	}
+	sh(t, "ip link add up0 type veth peer name up1 && ip link set up0 up && ip addr add 192.0.2.200/24 dev up0; ip addr add 2001:db8::200/64 dev up0 nodad")
+	defer sh(t, "ip link del up0")
+	k = open(t)
+	apply(t, k, want)
+	if strings.Count(held(), "192.0.2.1") != 2 {
+		t.Errorf("with a tunnel:\n%s", held())
+	}
+	sh(t, "ip link del wgcni0")
+	k.StartTunnel = nil
+	if observed, err = k.Observe(); err != nil {
+		t.Fatal(err)
+	}
+	_ = k.Apply(mesh.Diff(observed, want, mesh.Context{})) // the kernel's own WireGuard may make it again
+	if strings.Count(held(), "192.0.2.1") != 2 {
+		t.Errorf("the tunnel is gone, and what was held no more:\n%s", held())
+	}
+	apply(t, open(t), mesh.State{})
+}

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -10,10 +11,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
@@ -134,6 +137,11 @@ func TestEncryptNodesTraffic(t *testing.T) {
 	for _, e := range all {
 		serve(t, e)
 	}
+	for _, p := range m.pods {
+		if out, err := p.CNI(t.Context(), "check"); err != nil {
+			t.Errorf("CHECK: %v: %s", err, out)
+		}
+	}
 	capture := watchNodes(t, m.Cluster)
 	large := slices.Concat(nodeMarker, make([]byte, 1<<14))
 	for _, from := range all {
@@ -148,7 +156,70 @@ func TestEncryptNodesTraffic(t *testing.T) {
 			}
 		}
 	}
+	mustNotBeTurned(t, a, b)
 	mustBeClean(t, capture)
+}
+
+// mustNotBeTurned forges packets in the clear, for which what a node then begins
+// to send looks like an answer; it goes by the tunnel all the same.
+func mustNotBeTurned(t *testing.T, victim, forged *cluster.Node) {
+	t.Helper()
+	const far, udpPort, tcpPort = 9999, 40000, 40001
+	dial := func(at *cluster.Node, network string, local, remote netip.AddrPort, plain bool) (conn net.Conn, err error) {
+		d := net.Dialer{Timeout: 3 * time.Second, LocalAddr: net.UDPAddrFromAddrPort(local)}
+		if network == "tcp" {
+			d.LocalAddr = net.TCPAddrFromAddrPort(local)
+		}
+		d.Control = func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) {
+				if plain {
+					err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, 0x4)
+				}
+			}), err)
+		}
+		err = at.Do(func() error {
+			conn, err = d.DialContext(t.Context(), network, remote.String())
+			return err
+		})
+		return conn, err
+	}
+	for network, port := range map[string]uint16{"udp": udpPort, "tcp": tcpPort} {
+		conn, err := dial(forged, network, netip.AddrPortFrom(forged.IPv4, far), netip.AddrPortFrom(victim.IPv4, port), true)
+		if network == "tcp" {
+			if err == nil {
+				t.Error("nobody listens there")
+			}
+			continue
+		}
+		if err == nil {
+			_, err = conn.Write([]byte("forged"))
+			_ = conn.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := cluster.StartServer(forged, far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for network, port := range map[string]uint16{"udp": udpPort, "tcp": tcpPort} {
+		conn, err := dial(victim, network, netip.AddrPortFrom(victim.IPv4, port), netip.AddrPortFrom(forged.IPv4, far), false)
+		if err != nil {
+			t.Errorf("%s: %v", network, err)
+			continue
+		}
+		_ = conn.SetDeadline(time.Now().Add(3 * time.Second))
+		_, err = conn.Write(nodeMarker)
+		if err == nil {
+			_, err = conn.Read(make([]byte, 1000))
+		}
+		if err != nil {
+			t.Errorf("%s: %v", network, err)
+		}
+		_ = conn.Close()
+	}
 }
 
 // tcp checks that a server answers on a port, by IPv4 and IPv6.
@@ -246,6 +317,8 @@ func TestEncryptNodesReboot(t *testing.T) {
 		}
 		strict(t, n)
 		serveNode(t, n)
+		// What the plugin puts up before the helper runs is not in the way.
+		addPod(t, n, cluster.NetworkName, "early", cluster.PodOptions{})
 		mustAnswerSSH(t, "while "+n.Name+" has no tunnel", n, other)
 		// Large enough for a path that is narrower than the tunnel to show.
 		for _, payload := range [][]byte{[]byte("plain"), make([]byte, 1<<14)} {
