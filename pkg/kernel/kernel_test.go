@@ -367,13 +367,15 @@ ip -n pod link add eth9 type bridge`)
 		t.Fatal(err)
 	}
 	defer p.Close()
-	for _, mtu := range []int{1420, 1220, 1440} {
-		if err := p.SetMTU(mtu); err != nil || p.MTU() != mtu {
-			t.Errorf("SetMTU(%d): %d, %v", mtu, p.MTU(), err)
+	for _, tt := range []struct{ mtu, most, node int }{
+		{1400, 1500, 1500}, {1400, 1420, 1420}, {1220, 1220, 1220}, {1440, 1440, 1440}, {1300, 1440, 1440}, {1500, 8921, 1500},
+	} {
+		if err := p.SetMTU(tt.mtu, tt.most); err != nil || p.MTU() != tt.mtu {
+			t.Errorf("%+v: %d, %v", tt, p.MTU(), err)
 		}
-		for _, line := range []string{"ip link show v0", "ip -n pod link show eth0"} {
-			if out := sh(t, line); !strings.Contains(out, fmt.Sprintf("mtu %d ", mtu)) {
-				t.Errorf("%s: %s", line, out)
+		for line, want := range map[string]int{"ip link show v0": tt.node, "ip -n pod link show eth0": tt.mtu} {
+			if out := sh(t, line); !strings.Contains(out, fmt.Sprintf("mtu %d ", want)) {
+				t.Errorf("%+v: %s: %s", tt, line, out)
 			}
 		}
 	}

@@ -109,30 +109,30 @@ func (p *PodLink) Fit(tunnel int) (int, error) {
 // ipv6MinMTU is IPV6_MIN_MTU of <linux/ipv6.h>, in bytes.
 const ipv6MinMTU = 1280
 
-// SetMTU sets the MTU of both ends, in bytes. The node's end is never the smaller
-// one, not for a moment: it would drop what the pod sends, without a word.
-func (p *PodLink) SetMTU(mtu int) error {
-	node := func() error {
-		if err := p.node.LinkSetMTU(p.peer, mtu); err != nil {
-			return fmt.Errorf("set the MTU of %s to %d: %w", p.peer.Attrs().Name, mtu, err)
-		}
-		p.peer.Attrs().MTU = mtu
-		return nil
-	}
-	if p.peer.Attrs().MTU < mtu {
-		if err := node(); err != nil {
+// SetMTU sets the MTU of the pod's end, in bytes. The node's end gets no less, not
+// for a moment, since it would drop what the pod sends without a word; and no more
+// than most. In between it stays: a bridge has the least MTU of all its ports.
+func (p *PodLink) SetMTU(mtu, most int) error {
+	peer := min(max(p.peer.Attrs().MTU, mtu), most)
+	if p.peer.Attrs().MTU < peer {
+		if err := setMTU(p.node, p.peer, peer); err != nil {
 			return err
 		}
 	}
-	if p.link.Attrs().MTU != mtu {
-		if err := p.pod.LinkSetMTU(p.link, mtu); err != nil {
-			return fmt.Errorf("set the MTU of the pod's %s to %d: %w", p.link.Attrs().Name, mtu, err)
-		}
-		p.link.Attrs().MTU = mtu
+	if err := setMTU(p.pod, p.link, mtu); err != nil {
+		return err
 	}
-	if p.peer.Attrs().MTU > mtu {
-		return node()
+	return setMTU(p.node, p.peer, peer)
+}
+
+func setMTU(h *netlink.Handle, l netlink.Link, mtu int) error {
+	if l.Attrs().MTU == mtu {
+		return nil
 	}
+	if err := h.LinkSetMTU(l, mtu); err != nil {
+		return fmt.Errorf("set the MTU of %s to %d: %w", l.Attrs().Name, mtu, err)
+	}
+	l.Attrs().MTU = mtu
 	return nil
 }
 

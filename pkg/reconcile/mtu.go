@@ -92,7 +92,8 @@ type PodLink interface {
 	MTU() int
 	// Fit is the MTU that it may have over a tunnel of that MTU.
 	Fit(tunnel int) (int, error)
-	SetMTU(mtu int) error
+	// SetMTU sets it. The node's end gets no less, and no more than most.
+	SetMTU(mtu, most int) error
 }
 
 var _ PodLink = (*kernel.PodLink)(nil)
@@ -119,7 +120,7 @@ func FitLink(at *store.Attachment, link PodLink, tunnel int) (int, error) {
 	}
 	at.LinkMTU, at.TunnelMTU = wished, tunnel
 	mtu := min(wished, fit)
-	return mtu, link.SetMTU(mtu)
+	return mtu, link.SetMTU(mtu, fit)
 }
 
 // fitLinks does it for the pods that were there before the tunnel had its MTU. It

@@ -123,9 +123,9 @@ func (l *fakeLink) Fit(tunnel int) (int, error) {
 	return tunnel, l.err
 }
 
-func (l *fakeLink) SetMTU(mtu int) error {
+func (l *fakeLink) SetMTU(mtu, most int) error {
 	if l.err == nil {
-		l.mtu = mtu
+		l.mtu = min(mtu, most)
 	}
 	return l.err
 }

@@ -84,17 +84,16 @@ func podMTU(t *testing.T, p *cluster.Pod) int {
 // setUnderlay changes the MTU of all links of the underlay, while everything runs.
 func setUnderlay(t *testing.T, c *cluster.Cluster, mtu int) {
 	t.Helper()
-	size := strconv.Itoa(mtu)
 	for _, n := range c.Nodes {
-		mustRunOn(t, c.Underlay, "ip", "link", "set", n.Name, "mtu", size)
-		run(t, n, "ip", "link", "set", cluster.Uplink, "mtu", size)
+		setMTU(t, c.Underlay, n.Name, mtu)
+		setMTU(t, n.Machine, cluster.Uplink, mtu)
 	}
-	mustRunOn(t, c.Underlay, "ip", "link", "set", cluster.Bridge, "mtu", size)
+	setMTU(t, c.Underlay, cluster.Bridge, mtu)
 }
 
-func mustRunOn(t *testing.T, m *cluster.Machine, name string, args ...string) {
+func setMTU(t *testing.T, at *cluster.Machine, link string, mtu int) {
 	t.Helper()
-	if _, err := m.Run(t.Context(), name, args...); err != nil {
+	if _, err := at.Run(t.Context(), "ip", "link", "set", link, "mtu", strconv.Itoa(mtu)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -427,4 +426,30 @@ func TestConfiguredMTU(t *testing.T) {
 	if status, err = m.Nodes[0].Wgcnid(t.Context(), "status"); err != nil || strings.Contains(status, "fragments") {
 		t.Errorf("%v\n%s", err, status)
 	}
+}
+
+// Nodes on different underlays: with one "mtu" for all, that of the narrowest, no
+// packet is too large for the far end.
+func TestMixedUnderlays(t *testing.T) {
+	const mtu = 1420
+	m := &mtuMesh{mesh: newMesh(t, 2, 1, cluster.NetworkOptions{Stanza: map[string]any{"mtu": mtu}, Primary: map[string]any{"mtu": 9001}})}
+	for _, p := range m.pods {
+		serve(t, p)
+	}
+	wide := m.Nodes[0]
+	setMTU(t, m.Underlay, wide.Name, 9001)
+	setMTU(t, m.Underlay, cluster.Bridge, 9001)
+	setMTU(t, wide.Machine, cluster.Uplink, 9001)
+	capture := watchUnderlay(t, m.Cluster)
+	m.carries(t, mtu)
+	for _, way := range [][2]*cluster.Pod{{m.pods[0], m.pods[1]}, {m.pods[1], m.pods[0]}} {
+		awaitMTU(t, way[0], mtu)
+		if err := bulk(t.Context(), way[0], way[1]); err != nil {
+			t.Error(err)
+		}
+	}
+	if r, err := capture.Report(); err != nil || r.Fragments > 0 {
+		t.Errorf("%d fragments, %v", r.Fragments, err)
+	}
+	mustBeClean(t, capture)
 }
