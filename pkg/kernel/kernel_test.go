@@ -216,6 +216,21 @@ func TestForeignInterfaceIsRefused(t *testing.T) {
 	}
 }
 
+// A tun device of our name without a process: at a start it is there first.
+func TestSilentInterface(t *testing.T) {
+	const name = "silent0" // of other tests' tunnels a socket may be left for a moment
+	k, err := kernel.Open(kernel.Config{Interface: name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	sh(t, "ip tuntap add "+name+" mode tun")
+	defer sh(t, "ip link del "+name)
+	if _, err := k.Observe(); !errors.Is(err, kernel.ErrSilent) || !strings.Contains(err.Error(), "ip link delete "+name) {
+		t.Errorf("%v, want one that is ErrSilent and says how to mend it", err)
+	}
+}
+
 // Removing one allowed IP leaves the others in place at every moment (cilium PR 34612).
 func TestRemoveAllowedIP(t *testing.T) {
 	k := open(t)

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -48,7 +49,8 @@ func TestFlannelComesLateAndGoes(t *testing.T) {
 	}
 	capture := watchUnderlay(t, b.Cluster)
 	from, to := pods[0], pods[2]
-	streams := []*cluster.Stream{stream(t, from, to.IPv4(), 200), stream(t, from, to.IPv6(), 200)}
+	// Slow enough for the sockets' buffers while flanneld's start takes an emulated computer's CPUs.
+	streams := []*cluster.Stream{stream(t, from, to.IPv4(), 50), stream(t, from, to.IPv6(), 50)}
 	for _, s := range streams {
 		flowing(t, s)
 	}
@@ -152,5 +154,35 @@ func TestResultsOfOtherPrimaries(t *testing.T) {
 				t.Error("it is still attached after DEL")
 			}
 		})
+	}
+}
+
+// TestADDBesideAStartingTunnel: at a boot the runtime and the helper start
+// together. A userspace tunnel's interface is there before its process answers.
+func TestADDBesideAStartingTunnel(t *testing.T) {
+	c := configured(t, 1, cluster.NetworkOptions{})
+	n := c.Nodes[0]
+	mustRun(t, n, "ip", "tuntap", "add", "wgcni0", "mode", "tun")
+	added := make(chan error, 1)
+	go func() {
+		p, err := n.AddPod(t.Context(), cluster.NetworkName, "pod", cluster.PodOptions{Sysctls: noDAD})
+		if err == nil {
+			err = p.Delete(t.Context())
+		}
+		added <- err
+	}()
+	err := cluster.Poll(t.Context(), "the pod to be recorded", func() error {
+		all, err := stored(t.Context(), n)
+		if err == nil && len(all) == 0 {
+			err = errors.New("it is not")
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	mustRun(t, n, "ip", "link", "delete", "wgcni0") // for this ADD as good as that it answers
+	if err := <-added; err != nil {
+		t.Error(err)
 	}
 }

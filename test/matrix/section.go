@@ -14,27 +14,40 @@ const (
 
 // untested are primaries that no test of ours runs, and what is known of them without.
 var untested = [][2]string{
-	{"Calico (iptables or nftables data path)", "not tested. Pods have veths and /32 routes, as in the row with addresses of the node's own network. Switch off its own WireGuard"},
+	{"Calico (iptables or nftables data path)", "not tested. Its pods have veths and /32 routes like those of the AWS VPC CNI. Its own WireGuard must be off"},
 	{"Calico's eBPF data path, Cilium", "not tested, and not expected to work: their programs on the pods' veths send packets on by themselves, past the node's routing and netfilter, where wgcni is. Use the encryption that they bring"},
-	{"SR-IOV, DPDK (vhost-user)", "not tested. As macvlan: packets never reach the node's routing"},
+	{"SR-IOV, DPDK (vhost-user)", "not tested. As with macvlan, packets do not come through the node's routing"},
 }
 
 // Section prints the tables of both kinds' results.
 func Section(userspace, kernel []Cell) string {
 	var b strings.Builder
-	b.WriteString("Pods on two nodes: TCP, UDP and ICMP each way and on the same node, the source address intact, no plaintext on the wire, ADD, CHECK and\n" +
-		"DEL, and nothing left behind. ")
-	b.WriteString("✓ works with userspace WireGuard and with the kernel's; ✓ᵘ and ✓ᵏ: seen with that one only; ✗ does not work; ⊘ refused at ADD, with an error that says why;\n" +
-		"– not run: the test's kernels lack its driver.\n\n")
+	b.WriteString(`Each mark was put here by a test on two nodes: TCP, UDP and ICMP between pods of both and on one of them, the source address intact, no
+plaintext on the wire, ADD, CHECK and DEL, and nothing left behind. ✓ works, ⊘ is refused at ADD with an error that says why, ✗ fails,
+– could not be run. Where a mark has ᵘ or ᵏ it is of userspace WireGuard or the kernel's alone; empty: no test.
+
+`)
 	table(&b, Primaries, "primary plugin", "IPAM", userspace, kernel)
-	b.WriteByte('\n')
-	b.WriteString("Refused are primaries whose pods' packets never come through the node's routing, where wgcni would encrypt them.\n\n")
-	b.WriteString("| known without a test of ours | |\n|---|---|\n")
+	b.WriteString(`
+- Refused are primaries whose pods' packets never come through the node's routing, where wgcni encrypts.
+- flannel is the real flanneld on etcd, with flannel's plugin. Its etcd mode cannot do IPv6 alone: it gives all nodes the same range.
+- Where pods have addresses of the nodes' network, each is announced by itself, and nodes reach each other in the clear as before. A node then
+  reaches its own pods, not another node's. What lies in ` + "`clusterCIDRs`" + ` and is neither a node nor a pod is not reached (unless ` + "`encryption`" + `
+  is ` + "`preferred`" + `): give the pods' subnets, not the whole VPC.
+
+Of these there is no test:
+
+`)
+	b.WriteString("| plugin | what can be said without |\n|---|---|\n")
 	for _, u := range untested {
 		fmt.Fprintf(&b, "| %s | %s |\n", u[0], u[1])
 	}
-	b.WriteString("\nOther chained plugins, on either side of wgcni in the list:\n\n")
+	b.WriteString("\nOther chained plugins, between the primary and wgcni or behind wgcni:\n\n")
 	table(&b, Chained, "plugin", "what is looked at", userspace, kernel)
+	b.WriteString(`
+- Whoever lets ` + "`FORWARD`" + ` drop must accept what comes in by the tunnel; the firewall plugin has the chain ` + "`CNI-ADMIN`" + ` for that
+  (` + "`iptables -A CNI-ADMIN -i wgcni0 -j ACCEPT`" + `).
+`)
 	return b.String()
 }
 
