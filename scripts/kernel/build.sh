@@ -49,6 +49,10 @@ if [ "$version" = 6.12 ]; then
 	# 11008, and PTRACE_SETREGSET answers EFAULT; the host cuts what is larger than its own.
 	sed -i 's/DEFINE_LONGS(HOST_FP_SIZE, 2696);/DEFINE_LONGS(HOST_FP_SIZE, 12288);/' "$src/arch/x86/um/user-offsets.c"
 	grep -q 'HOST_FP_SIZE, 12288' "$src/arch/x86/um/user-offsets.c"
+	# A fork that is killed halfway leaves a mark (dup_mmap) behind the areas that it has copied: exit_mmap
+	# heeds it, and user-mode Linux's own flush_tlb_mm takes it for an area.
+	sed -i -e '1i #include <linux/xarray.h>' -e '/^void flush_tlb_mm/,/^}/ s/for_each_vma(vmi, vma)/& if (xa_is_zero(vma)) break; else/' "$src/arch/um/kernel/tlb.c"
+	grep -q 'xa_is_zero' "$src/arch/um/kernel/tlb.c"
 else
 	sed -i '/^# CONFIG_SMP is not set/d' all.config
 	printf 'CONFIG_SMP=y\nCONFIG_NR_CPUS=8\n' >>all.config
