@@ -41,7 +41,9 @@ func TestNodeTraffic(t *testing.T) {
 		{"not any more", on, true, now.Add(-time.Hour), "no handshake", []string{"node traffic to b cannot be delivered: the last handshake was 1h0m0s ago;"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := observedPeer(func(p *mesh.Peer) { p.LastHandshake, p.AllowedIPs = tt.handshake, slices.Concat(podsB, []netip.Prefix{host}) })
+			p := observedPeer(func(p *mesh.Peer) {
+				p.LastHandshake, p.AllowedIPs = tt.handshake, slices.Concat(podsB, []netip.Prefix{host})
+			})
 			s := newStatus(p)
 			o := reconcile.Outcome{Observed: mesh.State{Peers: []mesh.Peer{p}}}
 			p.Name = "b"
