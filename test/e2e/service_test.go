@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -56,11 +57,11 @@ type serviceMesh struct {
 	client, host, far *cluster.Pod // client and host (of a host port) on a, far on b
 }
 
-func newServiceMesh(t *testing.T) *serviceMesh {
+func newServiceMesh(t *testing.T, stanza map[string]any) *serviceMesh {
 	t.Helper()
 	portmap := map[string]any{"type": "portmap", "backend": "nftables", "capabilities": map[string]any{"portMappings": true}}
 	m := &serviceMesh{mesh: newMesh(t, 2, 0, cluster.NetworkOptions{
-		Chain: []any{portmap}, Primary: map[string]any{"hairpinMode": true}, // as flannel has it: a pod may call itself
+		Stanza: stanza, Chain: []any{portmap}, Primary: map[string]any{"hairpinMode": true}, // as flannel has it: a pod may call itself
 	})}
 	m.a, m.b = m.Nodes[0], m.Nodes[1]
 	mapped := fmt.Sprintf(`{"portMappings": [{"hostPort": %d, "containerPort": %d, "protocol": "tcp"}, {"hostPort": %[1]d, "containerPort": %[2]d, "protocol": "udp"}]}`, hostPort, echoPort)
@@ -107,7 +108,7 @@ func (m *serviceMesh) cases(v6 bool) []serviceCase {
 }
 
 // podToNodeCases are the ways by another node's own address. Between pod and node
-// they are traffic of a node, which is in the clear.
+// they are traffic of a node, which is in the clear without encryptNodes.
 func (m *serviceMesh) podToNodeCases(v6 bool) []serviceCase {
 	a := m.addresses(v6)
 	at := netip.AddrPortFrom
@@ -123,7 +124,7 @@ func (m *serviceMesh) podToNodeCases(v6 bool) []serviceCase {
 // Without --cluster-cidr kube-proxy masquerades nothing that goes to a ClusterIP:
 // what the node itself sends has the address of the underlay then.
 func TestServices(t *testing.T) {
-	m := newServiceMesh(t)
+	m := newServiceMesh(t, nil)
 	for _, tt := range []struct {
 		mode string
 		cidr bool
@@ -154,6 +155,31 @@ func TestServices(t *testing.T) {
 	}
 }
 
+// With encryptNodes the ways by another node's own address are encrypted as well.
+func TestServicesByEncryptedNodes(t *testing.T) {
+	m := newServiceMesh(t, map[string]any{"encryptNodes": true})
+	awaitNodesEncrypted(t, m.a, m.b)
+	for _, mode := range []string{"iptables", "nftables"} {
+		t.Run(mode, func(t *testing.T) {
+			m.proxy(t, mode, true)
+			secret, open := []byte("between-the-nodes-"+mode), []byte("from-outside-"+mode)
+			wire, err := cluster.StartCapture(m.Underlay, cluster.Bridge, cluster.CaptureOptions{Markers: [][]byte{secret}, Prefixes: podRanges})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, v6 := range []bool{false, true} {
+				cases := slices.Concat(m.cases(v6), m.podToNodeCases(v6))
+				for i := range cases {
+					cases[i].source = netip.Addr{} // a machine's own address passes as it is
+					cases[i].plain = cases[i].plain && cases[i].from == m.Underlay
+				}
+				callAll(t, cases, secret, open)
+			}
+			mustBeClean(t, wire)
+		})
+	}
+}
+
 // proxy puts kube-proxy's rules on every node, until the test's end.
 func (m *serviceMesh) proxy(t *testing.T, mode string, cidr bool) {
 	t.Helper()
@@ -170,7 +196,7 @@ func (m *serviceMesh) proxy(t *testing.T, mode string, cidr bool) {
 // filter alone sees that a service's packets do not leave in the clear, those that
 // the node itself sends included, whose route a dnat changes behind the output hooks.
 func TestServicesLeakNothing(t *testing.T) {
-	m := newServiceMesh(t)
+	m := newServiceMesh(t, nil)
 	routeAroundTunnel(t, m.Cluster)
 	m.proxy(t, "nftables", true)
 	stopHelper(t, m.helpers[0]) // it would mend it
