@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -42,6 +43,7 @@ type network struct {
 	version      string   // cniVersion; 1.0.0 by default
 	clusterCIDRs []string // by default those of conflist/, as the family needs them
 	primary      func(*cluster.Node, family) map[string]any
+	stanza       map[string]any // more keys of our entry
 	// before and after are entries between the primary and wgcni, and behind it.
 	before, after func(*cluster.Node) []any
 	// options are what the runtime says about a node's i-th pod.
@@ -81,6 +83,7 @@ func (b *bed) configure(ctx context.Context, o network, f family) error {
 		n := b.Nodes[i]
 		primary := o.primary(n, f)
 		ours := map[string]any{"type": "wgcni", "clusterCIDRs": o.ranges(f), "registry": map[string]any{"type": "file", "path": b.RegistryFile()}}
+		maps.Copy(ours, o.stanza)
 		plugins := []any{primary}
 		if o.before != nil {
 			plugins = append(plugins, o.before(n)...)

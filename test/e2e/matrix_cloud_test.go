@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"testing"
+	"time"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
@@ -97,6 +99,31 @@ func policyRoute(ctx context.Context, p *cluster.Pod, verb string) error {
 		}
 	}
 	return nil
+}
+
+// A node without a prefix of its own has no tunnel address. With encryptNodes it
+// reaches other nodes' pods, and is answered, by its own.
+func TestCloudNodesReachPods(t *testing.T) {
+	b, l := newBed(t), cloudLayouts()[0]
+	l.stanza = map[string]any{"encryptNodes": true}
+	l.more = func(ctx context.Context, b *bed, pods []*cluster.Pod) error {
+		awaitNodesEncrypted(t, b.Nodes...)
+		return together(b.Nodes, func(n *cluster.Node) error {
+			var errs []error
+			for _, p := range pods {
+				for _, ip := range p.Result.IPs {
+					_, err := cluster.TCP(ctx, n, netip.AddrPortFrom(ip.Address.Addr(), echoPort), []byte("x"))
+					errs = append(errs, err)
+				}
+			}
+			return errors.Join(errs...)
+		})
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := b.runPrimary(ctx, l, dual); err != nil {
+		t.Error(err)
+	}
 }
 
 // nodesReach: the nodes' own addresses are inside clusterCIDRs and stay what they
