@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/registry/file"
 	"github.com/wgcni/wgcni/test/cluster"
@@ -150,9 +151,16 @@ func (p *patient) reboot(t *testing.T, name string) *cluster.Pod {
 	p.routeAround(t)
 	pod := addPod(t, c, cluster.NetworkName, name, cluster.PodOptions{})
 	// Where the kernel has WireGuard the plugin alone makes the tunnel.
-	_, err := c.Run(t.Context(), "ip", "link", "show", "wgcni0")
-	if tunnel := err == nil; tunnel != reaches(t, pod, p.pods[1]) {
-		t.Errorf("before the helper's start there is a tunnel: %v, but a pod reaches another node: %v", tunnel, !tunnel)
+	want := kernel.HasWireGuard()
+	if _, err := c.Tunnel(); (err == nil) != want {
+		t.Errorf("before the helper's start: tunnel: %v; want one: %v", err, want)
+	}
+	if !want {
+		if reaches(t, pod, p.pods[1]) {
+			t.Error("a pod reaches another node without a tunnel")
+		}
+	} else if err := talk(t.Context(), pod, p.pods[1], []byte("x")); err != nil {
+		t.Errorf("by the plugin's tunnel: %v", err)
 	}
 	p.helpers = append(p.helpers, helperUp(t, c))
 	if err := talk(t.Context(), pod, p.pods[1], []byte("x")); err != nil {
