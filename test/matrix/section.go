@@ -32,7 +32,7 @@ plaintext on the wire, ADD, CHECK and DEL, and nothing left behind. âœ“ works, â
 - Refused are primaries whose pods' packets never come through the node's routing, where wgcni encrypts.
 - flannel is the real flanneld on etcd, with flannel's plugin. Its etcd mode cannot do IPv6 alone: it gives all nodes the same range.
 - Where pods have addresses of the nodes' network, each is announced by itself, and nodes reach each other in the clear as before. A node then
-  reaches its own pods, not another node's. What lies in ` + "`clusterCIDRs`" + ` and is neither a node nor a pod is not reached (unless ` + "`encryption`" + `
+  reaches its own pods, and another node's with ` + "`encryptNodes`" + ` alone. What lies in ` + "`clusterCIDRs`" + ` and is neither a node nor a pod is not reached (unless ` + "`encryption`" + `
   is ` + "`preferred`" + `): give the pods' subnets, not the whole VPC.
 
 Of these there is no test:
