@@ -75,7 +75,7 @@ func (s *Store) explain(err error) error {
 		return fail(name+": the entry is larger than what etcd takes (--max-request-bytes, 1.5 MiB by default): raise that, or make the entry smaller", err)
 	case errors.Is(err, errOversized):
 		return costly(fmt.Sprintf("%s holds more than %d MiB, which is the most that is read: forget old nodes, or find out who writes below %s", name, s.limit>>20, s.folder), err)
-	case errors.Is(err, context.DeadlineExceeded), code(err) == codes.DeadlineExceeded:
+	case errors.Is(err, context.DeadlineExceeded), code(err) == codes.DeadlineExceeded, silent(err):
 		// Not the caller's deadline, which is for interrupted.
 		return fail(fmt.Sprintf("%s is unreachable: no answer within %v; see that it runs and is not overloaded", name, s.timeout), ErrUnreachable)
 	case code(err) == codes.Unavailable:
@@ -89,6 +89,14 @@ func (s *Store) explain(err error) error {
 	default:
 		return fail(fmt.Sprintf("%s: %s", name, message(err)), err)
 	}
+}
+
+// silent is true of a connection that was taken, and given up before etcd said its
+// first word on it. gRPC's own patience may end a moment before ours.
+func silent(err error) bool {
+	what := message(err)
+	return code(err) == codes.Unavailable && strings.Contains(what, "error reading server preface") &&
+		(strings.Contains(what, "use of closed network connection") || strings.Contains(what, "i/o timeout"))
 }
 
 // interrupted is explain for a call whose ctx ended, and says what it was

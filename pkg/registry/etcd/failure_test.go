@@ -48,6 +48,10 @@ func TestExplain(t *testing.T) {
 			"registry etcd:http://192.0.2.1:2379/wgcni/ is unreachable: no answer within 5s; see that it runs and is not overloaded",
 		},
 		{
+			plain, status.Error(codes.Unavailable, `connection error: desc = "error reading server preface: raw-read tcp 192.0.2.9:1->192.0.2.1:2379: use of closed network connection"`), ErrUnreachable, false,
+			"registry etcd:http://192.0.2.1:2379/wgcni/ is unreachable: no answer within 5s; see that it runs and is not overloaded",
+		},
+		{
 			plain, refused, ErrUnreachable, false,
 			"registry etcd:http://192.0.2.1:2379/wgcni/ is unreachable: dial tcp 192.0.2.1:2379: connect: connection refused; see that it runs, that this node can reach it and whether it wants https",
 		},
