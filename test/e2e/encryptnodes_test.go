@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
@@ -317,19 +318,29 @@ func TestEncryptNodesReboot(t *testing.T) {
 		}
 		strict(t, n)
 		serveNode(t, n)
-		// What the plugin puts up before the helper runs is not in the way.
-		addPod(t, n, cluster.NetworkName, "early", cluster.PodOptions{})
-		mustAnswerSSH(t, "while "+n.Name+" has no tunnel", n, other)
-		// Large enough for a path that is narrower than the tunnel to show.
-		for _, payload := range [][]byte{[]byte("plain"), make([]byte, 1<<14)} {
-			if err := reach(t.Context(), n, other, payload); err != nil {
-				t.Errorf("%s has no tunnel: %v", n.Name, err)
+		withoutTunnel := func() {
+			mustAnswerSSH(t, "while "+n.Name+" has no tunnel", n, other)
+			// Large enough for a path that is narrower than the tunnel to show.
+			for _, payload := range [][]byte{[]byte("plain"), make([]byte, 1<<14)} {
+				if err := reach(t.Context(), n, other, payload); err != nil {
+					t.Errorf("%s has no tunnel: %v", n.Name, err)
+				}
 			}
+			capture := watchNodes(t, c)
+			mustNotReach(t, n.Name+" has no tunnel", other, n)
+			mustBeClean(t, capture)
 		}
-		capture := watchNodes(t, c)
-		mustNotReach(t, n.Name+" has no tunnel", other, n)
-		mustBeClean(t, capture)
-		return converse(t, n, other.IPv4)
+		withoutTunnel()
+		talk := converse(t, n, other.IPv4)
+		// What the plugin puts up before the helper runs is not in the way: all but the
+		// tunnel, and the tunnel as well where the kernel has WireGuard.
+		addPod(t, n, cluster.NetworkName, "early", cluster.PodOptions{})
+		if kernel.HasWireGuard() {
+			mustBeEncrypted(t, m, talk, n, other)
+		} else {
+			withoutTunnel()
+		}
+		return talk
 	}
 	talk := reboot(b, a)
 	m.helpers = append(m.helpers, startHelper(t, b))
