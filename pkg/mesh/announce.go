@@ -17,15 +17,6 @@ type Pod struct {
 // Equal compares times by their instant.
 func (p Pod) Equal(q Pod) bool { return p.Addr == q.Addr && p.Since.Equal(q.Since) }
 
-// PodAddresses are the addresses alone.
-func PodAddresses(pods []Pod) []netip.Addr {
-	out := make([]netip.Addr, 0, len(pods))
-	for _, p := range pods {
-		out = append(out, p.Addr)
-	}
-	return out
-}
-
 // Announcement is what a node's claims are made from.
 type Announcement struct {
 	Prefixes     []netip.Prefix // the node's own
@@ -167,8 +158,7 @@ func outside(pods []netip.Addr, prefixes, clusterCIDRs []netip.Prefix) []netip.A
 			out = append(out, a)
 		}
 	}
-	slices.SortFunc(out, netip.Addr.Compare)
-	return slices.Compact(out)
+	return SortAddrs(out)
 }
 
 // unsortedUnique masks, and drops repetitions; the first prefix of each family stays first.

@@ -342,8 +342,7 @@ func (o *Ownership) settleExempt(nodes []Node, clusterCIDRs []netip.Prefix, owne
 			}
 		}
 	}
-	slices.SortFunc(o.Exempt, netip.Addr.Compare)
-	o.Exempt = slices.Compact(o.Exempt)
+	o.Exempt = SortAddrs(o.Exempt)
 }
 
 func (o *Ownership) maySkipTunnel(n Node, a netip.Addr, owner map[netip.Prefix]holding) bool {

@@ -79,13 +79,6 @@ func (n NodeFilter) between(have NodeFilter) NodeFilter {
 	return n
 }
 
-// SortAddrs returns the addresses sorted, each once.
-func SortAddrs(in []netip.Addr) []netip.Addr {
-	out := slices.Clone(in)
-	slices.SortFunc(out, netip.Addr.Compare)
-	return slices.Compact(out)
-}
-
 func (d *differ) setFilterNodes(want NodeFilter) {
 	if want.Mark != 0 && !d.filterNodes.Equal(want) {
 		d.add(SetFilterNodes{want})

@@ -117,9 +117,13 @@ func remaining(f Facts, owners Ownership) []netip.Addr {
 		if n.Name == f.Self.Name {
 			continue
 		}
+		ranges := claimPrefixes(n.Prefixes)
 		for _, p := range owners.Prefixes[n.Name] {
+			if slices.Contains(ranges, p) {
+				continue
+			}
 			for a := range lost {
-				moved[a] = moved[a] || p.Contains(a) && !slices.Contains(claimPrefixes(n.Prefixes), p)
+				moved[a] = moved[a] || p.Contains(a)
 			}
 		}
 	}

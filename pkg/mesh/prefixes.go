@@ -21,6 +21,13 @@ func SortPrefixes(in []netip.Prefix) []netip.Prefix {
 	return slices.Compact(out)
 }
 
+// SortAddrs returns the addresses sorted, each once.
+func SortAddrs(in []netip.Addr) []netip.Addr {
+	out := slices.Clone(in)
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
 // Merge returns the fewest prefixes that cover exactly the same addresses:
 // covered ones are dropped, neighbours joined. The result is sorted.
 func Merge(in []netip.Prefix) []netip.Prefix {

@@ -97,7 +97,8 @@ func (l *Loop) adopt(ctx context.Context) {
 
 // podsChanged reports whether the store holds other pods than the last pass
 // planned with, as far as a plan depends on them: pods inside the node's own
-// prefixes come and go without a pass, unless another node claims them. It waits for the verb that woke us to end.
+// prefixes come and go without a pass, unless another node claims them. It waits
+// for the verb that woke us to end.
 func (l *Loop) podsChanged(ctx context.Context) bool {
 	changed := true
 	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) error {

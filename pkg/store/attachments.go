@@ -248,8 +248,7 @@ func Addresses(all []Attachment) []netip.Addr {
 	for _, at := range all {
 		out = append(out, at.Addresses...)
 	}
-	slices.SortFunc(out, netip.Addr.Compare)
-	return slices.Compact(out)
+	return mesh.SortAddrs(out)
 }
 
 // Pods are the same addresses with the time of the attachment that each belongs to.

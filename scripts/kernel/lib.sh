@@ -23,3 +23,16 @@ command_file() {
 	printf ' %q' "$@"
 	echo
 }
+
+# guest_options sets limit (seconds), memory (MiB) and OPTIND by what a guest's script was called with.
+# shellcheck disable=SC2034 # used by those
+guest_options() {
+	limit=300 memory=1024
+	while getopts t:m: o; do
+		case $o in
+		t) limit=$OPTARG ;;
+		m) memory=$OPTARG ;;
+		*) exit 2 ;;
+		esac
+	done
+}

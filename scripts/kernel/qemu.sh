@@ -5,14 +5,7 @@ set -uo pipefail
 here=$(realpath "$(dirname "$0")")
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$here/lib.sh"
-limit=300 memory=1024
-while getopts t:m: o; do
-	case $o in
-	t) limit=$OPTARG ;;
-	m) memory=$OPTARG ;;
-	*) exit 2 ;;
-	esac
-done
+guest_options "$@"
 shift $((OPTIND - 1))
 [ $# -ge 2 ] || { echo "usage: qemu.sh [-t SECONDS] [-m MiB] DIR COMMAND [ARGS...]" >&2; exit 2; }
 dir=$(realpath "$1")

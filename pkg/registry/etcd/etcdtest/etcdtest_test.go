@@ -68,7 +68,7 @@ func TestServer(t *testing.T) {
 
 func TestNamespace(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root, to make a network namespace")
+		t.Fatal("needs root, to make a network namespace")
 	}
 	var ns netns.NsHandle
 	made := make(chan error, 1)
