@@ -141,10 +141,11 @@ func (d *demo) play(ctx context.Context, steps []step) error {
 	return nil
 }
 
-// explain says what has failed, and what the helpers have to say.
+// explain says what the helpers have to say, and what has failed; that last,
+// since it may be all that somebody sees of a long log.
 func (d *demo) explain(w io.Writer, err error) {
-	fmt.Fprintf(w, "\ndemo: %v\n", err)
 	d.showLogs(w)
+	fmt.Fprintf(w, "\ndemo: %v\n", err)
 }
 
 func (d *demo) showLogs(w io.Writer) {

@@ -49,7 +49,7 @@ func (d *demo) awaitSent(ctx context.Context, more int) error {
 
 // awaitNoneLost waits until all that was sent so far has come back.
 func (d *demo) awaitNoneLost(ctx context.Context) (cluster.StreamReport, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
 	var r cluster.StreamReport
 	err := cluster.Poll(ctx, "the last datagrams of the stream", func() error {

@@ -21,8 +21,9 @@ const (
 	echoPort    = 7777
 	// payload is what the pods tell each other, and what no one else may read.
 	payload = "a secret of the pods, 0123456789"
-	// exchangeTimeout leaves time for a second handshake, which comes after 5 s.
-	exchangeTimeout = 10 * time.Second
+	// exchangeTimeout leaves time for handshakes of both ends that collide, several
+	// times in a row on a busy machine: each costs REKEY_TIMEOUT, 5 s.
+	exchangeTimeout = 40 * time.Second
 )
 
 // clusterCIDRs are those of conflist/.

@@ -176,6 +176,9 @@ func lookAtUnderlay(ctx context.Context, d *demo) (string, error) {
 
 func showStatus(ctx context.Context, d *demo) (string, error) {
 	n := d.cluster.Nodes[0]
+	if err := d.cluster.AwaitConverged(ctx); err != nil {
+		return "", err
+	}
 	text, err := n.Wgcnid(ctx, "status")
 	if err != nil {
 		return "", err
