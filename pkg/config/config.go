@@ -48,7 +48,16 @@ type Config struct {
 	// PodCIDRsLater says that flannel is to tell them, and has not yet: its file is
 	// in /run, so that after each boot that takes until flanneld has run.
 	PodCIDRsLater bool
+	// Subnets are announced beside PodCIDRs: what else is behind this machine.
+	Subnets []netip.Prefix
+
+	Location string
+	Role     mesh.Role
+	Segments []string // sorted; none: the segment of all that name none
+
 	Endpoint      string // host:port; empty: found from the default route
+	// CallsOnly says that no endpoint is to be published: the machine is behind NAT.
+	CallsOnly bool
 	Registry      Registry
 
 	// SecretFile has the cluster secrets, see package identity; empty: there are none.
@@ -103,7 +112,7 @@ func Parse(stanza []byte) (Config, error) {
 		StateDir: or(raw.StateDir, DefaultStateDir),
 	}
 	for _, check := range []func(*Config, rawStanza) error{
-		checkCIDRs, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkSecret, checkPaths, checkNodes,
+		checkCIDRs, checkExternal, checkPlace, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkSecret, checkPaths, checkNodes,
 	} {
 		if err := check(&c, raw); err != nil {
 			return Config{}, err
@@ -276,8 +285,15 @@ func checkMark(c *Config, raw rawStanza) error {
 	return nil
 }
 
-func checkEndpoint(_ *Config, raw rawStanza) error {
+// noEndpoint is what a machine behind NAT writes in the place of its endpoint.
+const noEndpoint = "none"
+
+func checkEndpoint(c *Config, raw rawStanza) error {
 	if raw.Endpoint == "" {
+		return nil
+	}
+	if raw.Endpoint == noEndpoint {
+		c.Endpoint, c.CallsOnly = "", true
 		return nil
 	}
 	host, port, err := net.SplitHostPort(raw.Endpoint)

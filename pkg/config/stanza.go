@@ -33,7 +33,13 @@ type rawStanza struct {
 
 	// What is ours.
 	ClusterCIDRs      []string     `json:"clusterCIDRs"`
+	ExternalCIDRs     []string     `json:"externalCIDRs"`
+	PeerCIDRs         []string     `json:"peerCIDRs"`
 	PodCIDRs          []string     `json:"podCIDRs"`
+	Subnets           []string     `json:"subnets"`
+	Location          string       `json:"location"`
+	Role              string       `json:"role"`
+	Segments          []string     `json:"segments"`
 	Encryption        string       `json:"encryption"`
 	EncryptNodes      bool         `json:"encryptNodes"`
 	DirectPorts       *[]int       `json:"directPorts"`

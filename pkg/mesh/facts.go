@@ -49,7 +49,14 @@ type Settings struct {
 	// ClusterCIDRs bound everything: no address outside them is ever routed,
 	// allowed or announced. Masked, at least one, both families welcome.
 	ClusterCIDRs []netip.Prefix
-	Encryption   Encryption
+	// ExternalCIDRs bound the addresses of machines that are no nodes, and of what is
+	// behind them: claims inside them are accepted as those inside ClusterCIDRs are.
+	// Pods reach them by the tunnel only. Masked, disjoint from ClusterCIDRs.
+	ExternalCIDRs []netip.Prefix
+	// PeerCIDRs are where machines that run nothing but WireGuard have their
+	// addresses; see Node.Via. Masked, disjoint from the two above.
+	PeerCIDRs  []netip.Prefix
+	Encryption Encryption
 
 	Interface  string // name of the WireGuard interface
 	ListenPort int    // UDP, 1 to 65535
@@ -90,6 +97,8 @@ type Node struct {
 	// Endpoint is where its WireGuard listens; the zero value when it is not
 	// known or could not be resolved.
 	Endpoint netip.AddrPort
+	// CallsOnly says that it has none at all: it stands behind NAT, and can only call others.
+	CallsOnly bool
 	// Prefixes are the node's own pod ranges. Of two nodes that claim the same
 	// addresses the one that has held them longer keeps them.
 	Prefixes []Claim
@@ -103,6 +112,42 @@ type Node struct {
 	Addresses []netip.Addr
 	// Since is when the node joined the mesh.
 	Since time.Time
+
+	// Location is where the machine stands, Role what it does there, and Segments
+	// are the parts of the mesh that it belongs to, sorted; see Topology.
+	Location string
+	Role     Role
+	Segments []string
+	// Silent are the other gateways of its location that this one, being a gateway,
+	// does not hear.
+	Silent []Silence
+
+	// Via are the nodes by which a machine enters that runs nothing but WireGuard,
+	// the preferred one first. It publishes nothing: its addresses, single ones inside
+	// PeerCIDRs, are its Prefixes, and whichever of Via carries it claims them as its Pods.
+	Via []string
+	// Masqueraded has the node that carries it rewrite its addresses to that node's
+	// own, so that no other needs to know them.
+	Masqueraded bool
+}
+
+// Plain reports whether the machine runs nothing but WireGuard.
+func (n Node) Plain() bool { return len(n.Via) > 0 }
+
+// Role is what a machine does for others.
+type Role string
+
+// The roles. The zero value is a node.
+const (
+	RoleNode    Role = ""        // talks to all nodes of its location
+	RoleGateway Role = "gateway" // carries what enters and leaves its location
+	RoleSpoke   Role = "spoke"   // talks to its location's gateway only
+)
+
+// A Silence is a gateway that is not heard, and since when.
+type Silence struct {
+	Node  string    `json:"node"`
+	Since time.Time `json:"since"`
 }
 
 // TunnelAddresses are the node's addresses inside the tunnel, at most one a

@@ -27,6 +27,7 @@ func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []mesh
 	r := registry.Record{
 		Name: c.NodeName, PublicKey: key, Endpoints: Endpoints(c, u), Addresses: u.All,
 		Since: before.Since, Revision: before.Revision,
+		Place: registry.Place{Location: c.Location, Role: c.Role, Segments: c.Segments},
 	}
 	if before.Left || r.Since.IsZero() {
 		before, r.Since = registry.Record{Revision: before.Revision}, now
@@ -38,7 +39,7 @@ func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []mesh
 		}
 	}
 	r.Prefixes, r.Pods = mesh.Announce(mesh.Announcement{
-		Prefixes: own, ClusterCIDRs: c.ClusterCIDRs, Pods: pods,
+		Prefixes: slices.Concat(own, c.Subnets), ClusterCIDRs: slices.Concat(c.ClusterCIDRs, c.ExternalCIDRs), Pods: pods,
 		Before: mesh.Node{Prefixes: before.Prefixes, Pods: before.Pods}, Rivals: rivals,
 	}, now)
 	if c.EncryptNodes {
@@ -85,6 +86,9 @@ func ReadPairs(c config.Config, key wgtypes.Key) (*identity.Pairs, error) {
 
 // Endpoints are where others reach this node: as configured, else at the addresses that the default routes use.
 func Endpoints(c config.Config, u kernel.Underlay) []string {
+	if c.CallsOnly {
+		return nil
+	}
 	if c.Endpoint != "" {
 		return []string{c.Endpoint}
 	}

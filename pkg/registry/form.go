@@ -30,17 +30,32 @@ type recordJSON struct {
 	Revision  uint64       `json:"revision"`
 	Left      bool         `json:"left,omitempty"`
 	Version   int          `json:"version,omitempty"`
-	// Seal is last, before it Extra with Hosts among them; see MarshalJSON.
-	Hosts []mesh.Claim  `json:"hosts,omitempty"`
-	Seal  identity.Seal `json:"seal,omitzero"`
+	// Seal is last, before it Extra with the later fields among them; see MarshalJSON.
+	laterJSON
+	Seal identity.Seal `json:"seal,omitzero"`
+}
+
+// laterJSON are the fields that version 1 had not from the start.
+type laterJSON struct {
+	Hosts       []mesh.Claim   `json:"hosts,omitempty"`
+	Location    string         `json:"location,omitempty"`
+	Role        mesh.Role      `json:"role,omitempty"`
+	Segments    []string       `json:"segments,omitempty"`
+	Silent      []mesh.Silence `json:"silent,omitempty"`
+	Via         []string       `json:"via,omitempty"`
+	Masqueraded bool           `json:"masqueraded,omitempty"`
+}
+
+func (r Record) later() laterJSON {
+	return laterJSON{r.Hosts, r.Location, r.Role, r.Segments, r.Silent, r.Via, r.Masqueraded}
 }
 
 // knownKeys are those of recordJSON.
 var knownKeys = func() (keys []string) {
-	t := reflect.TypeFor[recordJSON]()
-	for i := range t.NumField() {
-		key, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
-		keys = append(keys, key)
+	for _, field := range reflect.VisibleFields(reflect.TypeFor[recordJSON]()) {
+		if key, _, _ := strings.Cut(field.Tag.Get("json"), ","); key != "" {
+			keys = append(keys, key)
+		}
 	}
 	return keys
 }()
@@ -56,7 +71,11 @@ func (r Record) MarshalJSON() ([]byte, error) {
 		j.PublicKey = r.PublicKey.String()
 	}
 	text, err := json.Marshal(j)
-	if err != nil || len(r.Extra) == 0 && len(r.Hosts) == 0 && r.Seal.IsZero() {
+	if err != nil {
+		return nil, err
+	}
+	behind, err := r.behind()
+	if err != nil || len(behind) == 0 && r.Seal.IsZero() {
 		return text, err
 	}
 	text = text[:len(text)-1] // the closing brace
@@ -69,13 +88,6 @@ func (r Record) MarshalJSON() ([]byte, error) {
 		text = append(append(append(append(text, ','), k...), ':'), v...)
 		return err
 	}
-	behind := map[string]any{}
-	for key, value := range r.Extra {
-		behind[key] = value
-	}
-	if len(r.Hosts) > 0 {
-		behind["hosts"] = r.Hosts
-	}
 	for _, key := range slices.Sorted(maps.Keys(behind)) {
 		if err := add(key, behind[key]); err != nil {
 			return nil, fmt.Errorf("field %s: %w", quote(key), err)
@@ -87,6 +99,22 @@ func (r Record) MarshalJSON() ([]byte, error) {
 		}
 	}
 	return append(text, '}'), nil
+}
+
+// behind are the fields that stand behind the first ones, sorted by their keys: the
+// later ones, and those that this version does not know. A version that does not
+// know the later ones either finds the same seal.
+func (r Record) behind() (map[string]json.RawMessage, error) {
+	text, err := json.Marshal(r.later())
+	if err != nil {
+		return nil, err
+	}
+	var fields map[string]json.RawMessage
+	if err := json.Unmarshal(text, &fields); err != nil {
+		return nil, err
+	}
+	maps.Copy(fields, r.Extra)
+	return fields, nil
 }
 
 // sealed is what a record's seal covers: its stored form without the seal.
@@ -115,6 +143,7 @@ func (r *Record) UnmarshalJSON(data []byte) error {
 	out := Record{
 		Name: j.Name, Endpoints: j.Endpoints, Prefixes: j.Prefixes, Pods: j.Pods, Hosts: j.Hosts, Addresses: j.Addresses,
 		Since: j.Since, Revision: j.Revision, Left: j.Left, Seal: j.Seal,
+		Place: Place{j.Location, j.Role, j.Segments, j.Silent, j.Via, j.Masqueraded},
 	}
 	if out.Extra, err = extraFields(data); err != nil {
 		return err

@@ -22,6 +22,7 @@ const (
 	MaxClaims      = 4096 // of prefixes and pods together
 	MaxAddresses   = 256
 	MaxHosts       = 64
+	MaxNames       = 64 // of segments, of entry nodes, and of silent gateways
 	MaxRecordBytes = 1 << 20 // of its JSON form, as stored
 	// MaxRevision is the largest integer that every JSON reader keeps exact
 	// (RFC 8259, section 6). In milliseconds it lasts for 285,000 years; without
@@ -53,6 +54,9 @@ type Record struct {
 	Addresses []netip.Addr
 	// Since is when the node joined the mesh.
 	Since time.Time
+	// Place has what later versions of this code have added. In the stored form its
+	// fields stand among the Extra, as Hosts does.
+	Place
 	// Revision grows with every change and never goes back; see NextRevision.
 	Revision uint64
 	// Left makes the record a tombstone: the node has left or was forgotten. Only
@@ -65,6 +69,16 @@ type Record struct {
 	Extra map[string]json.RawMessage
 	// Seal vouches for all of the above; see Trust.
 	Seal identity.Seal
+}
+
+// Place is where a machine stands in the mesh; see mesh.Node.
+type Place struct {
+	Location    string
+	Role        mesh.Role
+	Segments    []string
+	Silent      []mesh.Silence
+	Via         []string
+	Masqueraded bool
 }
 
 // recordVersion is the latest that this code reads. A record without a version
@@ -90,6 +104,11 @@ func (r Record) normal() Record {
 	r.Prefixes = normalClaims(r.Prefixes)
 	r.Pods = normalClaims(r.Pods)
 	r.Hosts = normalClaims(r.Hosts)
+	r.Segments, r.Via = orNil(r.Segments), orNil(r.Via)
+	r.Silent = orNil(slices.Clone(r.Silent))
+	for i := range r.Silent {
+		r.Silent[i].Since = mesh.ClaimTime(r.Silent[i].Since)
+	}
 	r.Since = mesh.ClaimTime(r.Since)
 	return r
 }
@@ -115,8 +134,16 @@ func (r Record) Equal(o Record) bool {
 		mesh.ClaimTime(r.Since).Equal(mesh.ClaimTime(o.Since)) &&
 		slices.Equal(r.Endpoints, o.Endpoints) && slices.Equal(r.Addresses, o.Addresses) &&
 		slices.EqualFunc(r.Prefixes, o.Prefixes, sameClaim) && slices.EqualFunc(r.Pods, o.Pods, sameClaim) &&
-		slices.EqualFunc(r.Hosts, o.Hosts, sameClaim) &&
+		slices.EqualFunc(r.Hosts, o.Hosts, sameClaim) && r.Place.equal(o.Place) &&
 		maps.EqualFunc(r.Extra, o.Extra, func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) && r.Seal == o.Seal
+}
+
+func (p Place) equal(o Place) bool {
+	return p.Location == o.Location && p.Role == o.Role && p.Masqueraded == o.Masqueraded &&
+		slices.Equal(p.Segments, o.Segments) && slices.Equal(p.Via, o.Via) &&
+		slices.EqualFunc(p.Silent, o.Silent, func(a, b mesh.Silence) bool {
+			return a.Node == b.Node && mesh.ClaimTime(a.Since).Equal(mesh.ClaimTime(b.Since))
+		})
 }
 
 // SameContent reports whether both records say the same: all but the revision,

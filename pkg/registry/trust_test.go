@@ -49,13 +49,13 @@ func TestSealSurvivesStorage(t *testing.T) {
 func TestSealCoversUnknownFields(t *testing.T) {
 	trust := registrytest.Secrets(t, 1)
 	r := registrytest.Record("node-a", 7)
-	r.Extra = map[string]json.RawMessage{"location": json.RawMessage(`"Ulm"`), "hops": json.RawMessage(`[1,{"a":2}]`)}
+	r.Extra = map[string]json.RawMessage{"site": json.RawMessage(`"Ulm"`), "hops": json.RawMessage(`[1,{"a":2}]`)}
 	stored, err := json.Marshal(registrytest.Seal(t, trust, r))
 	if err != nil {
 		t.Fatal(err)
 	}
-	reordered := strings.Replace(string(stored), `"location":"Ulm",`, "", 1)
-	reordered = strings.Replace(reordered, "{", `{ "location" : "Ulm" ,`, 1)
+	reordered := strings.Replace(string(stored), `"site":"Ulm",`, "", 1)
+	reordered = strings.Replace(reordered, "{", `{ "site" : "Ulm" ,`, 1)
 	for _, c := range []struct {
 		text string
 		want error
@@ -63,7 +63,7 @@ func TestSealCoversUnknownFields(t *testing.T) {
 		{string(stored), nil},
 		{reordered, nil},
 		{strings.Replace(string(stored), "Ulm", "Rom", 1), identity.ErrForged},
-		{strings.Replace(string(stored), `"location":"Ulm",`, "", 1), identity.ErrForged},
+		{strings.Replace(string(stored), `"site":"Ulm",`, "", 1), identity.ErrForged},
 		{strings.Replace(string(stored), "{", `{"new":1,`, 1), identity.ErrForged},
 		{strings.Replace(string(stored), `"seal"`, `"seal2"`, 1), identity.ErrUnsealed},
 	} {

@@ -62,7 +62,39 @@ func (r Record) validFields() error {
 	if err := validClaims("hosts", r.Hosts); err != nil {
 		return err
 	}
+	if err := r.Place.validate(); err != nil {
+		return err
+	}
 	return validClaims("pods", r.Pods)
+}
+
+func (p Place) validate() error {
+	const alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
+	if p.Location != "" && (len(p.Location) > 63 || !validLabel(p.Location, alphabet)) {
+		return fmt.Errorf("location: %s: want lower case letters, digits and '-'", quote(p.Location))
+	}
+	if p.Role != mesh.RoleNode && p.Role != mesh.RoleGateway && p.Role != mesh.RoleSpoke {
+		return fmt.Errorf("role: %s: want gateway, spoke or none", quote(string(p.Role)))
+	}
+	for i, s := range p.Segments {
+		if len(s) > 63 || !validLabel(s, alphabet) {
+			return fmt.Errorf("segments[%d]: %s: want lower case letters, digits and '-'", i, quote(s))
+		}
+	}
+	for i, name := range p.Via {
+		if err := validName(name); err != nil {
+			return fmt.Errorf("via[%d]: %s: %w", i, quote(name), err)
+		}
+	}
+	for i, s := range p.Silent {
+		if err := validName(s.Node); err != nil {
+			return fmt.Errorf("silent[%d]: %s: %w", i, quote(s.Node), err)
+		}
+		if err := validTime(s.Since); err != nil {
+			return fmt.Errorf("silent[%d]: since: %w", i, err)
+		}
+	}
+	return nil
 }
 
 func (r Record) validCounts() error {
@@ -73,6 +105,9 @@ func (r Record) validCounts() error {
 		{"endpoints", len(r.Endpoints), MaxEndpoints},
 		{"prefixes and pods", len(r.Prefixes) + len(r.Pods), MaxClaims},
 		{"hosts", len(r.Hosts), MaxHosts},
+		{"segments", len(r.Segments), MaxNames},
+		{"via", len(r.Via), MaxNames},
+		{"silent", len(r.Silent), MaxNames},
 		{"addresses", len(r.Addresses), MaxAddresses},
 	} {
 		if c.have > c.max {
