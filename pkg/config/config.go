@@ -55,10 +55,10 @@ type Config struct {
 	Role     mesh.Role
 	Segments []string // sorted; none: the segment of all that name none
 
-	Endpoint      string // host:port; empty: found from the default route
+	Endpoint string // host:port; empty: found from the default route
 	// CallsOnly says that no endpoint is to be published: the machine is behind NAT.
 	CallsOnly bool
-	Registry      Registry
+	Registry  Registry
 
 	// SecretFile has the cluster secrets, see package identity; empty: there are none.
 	SecretFile string

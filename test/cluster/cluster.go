@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -38,6 +39,8 @@ type Cluster struct {
 	Underlay *Machine
 	// Nodes are in the order of their addresses.
 	Nodes []*Node
+	// Machines are those that are no nodes; see AddMachine.
+	Machines []*Node
 	// Shared is a folder that is the same on the host and on all machines.
 	Shared string
 	// BinDir is the folder with cnitool and the plugins.
@@ -108,24 +111,15 @@ func (c *Cluster) start(ctx context.Context) error {
 // bridge.
 func (c *Cluster) AddNode(ctx context.Context, name string) (*Node, error) {
 	i := len(c.Nodes)
-	if i >= maxMachines {
-		return nil, fmt.Errorf("add node %s: the underlay has addresses for %d machines only", name, maxMachines)
+	if i >= firstMachine {
+		return nil, fmt.Errorf("add node %s: the underlay has addresses for %d nodes only", name, firstMachine)
 	}
-	if c.Node(name) != nil {
-		return nil, fmt.Errorf("add node %s: there is one of that name", name)
-	}
-	m, err := startMachine(ctx, name, filepath.Join(c.dir, name), "")
-	if err != nil {
-		return nil, err
-	}
-	n := &Node{Machine: m, IPv4: nodeIPv4(i), IPv6: nodeIPv6(i), cluster: c, index: i}
-	c.Nodes = append(c.Nodes, n) // at once, so that Close finds it
-	return n, n.connect(ctx)
+	return c.addMachine(ctx, name, i, &c.Nodes)
 }
 
-// Node returns the node of that name, or nil.
+// Node returns the node of that name, or the machine that is none, or nil.
 func (c *Cluster) Node(name string) *Node {
-	for _, n := range c.Nodes {
+	for _, n := range slices.Concat(c.Nodes, c.Machines) {
 		if n.Name == name {
 			return n
 		}
@@ -136,7 +130,7 @@ func (c *Cluster) Node(name string) *Node {
 // Close stops all machines and removes the cluster's files. It goes on after errors.
 func (c *Cluster) Close() error {
 	var errs []error
-	for _, n := range c.Nodes {
+	for _, n := range slices.Concat(c.Nodes, c.Machines) {
 		errs = append(errs, n.Close())
 	}
 	if c.Underlay != nil {

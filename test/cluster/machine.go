@@ -24,7 +24,7 @@ var startTimeout = Patience(30 * time.Second)
 
 // Durable are the directories of a machine that survive [Machine.Reboot]. They
 // are empty when the machine is made.
-var Durable = []string{"/var/lib/wgcni", "/var/lib/cni", "/etc/cni"}
+var Durable = []string{"/var/lib/wgcni", "/var/lib/cni", "/etc/cni", "/etc/wgcni"}
 
 // Machine is a set of namespaces (PID, mount, network, UTS, IPC) that looks
 // like a computer of its own. Its methods may be called from any goroutine.

@@ -33,6 +33,7 @@ type NetworkOptions struct {
 	Secrets    []string       // optional: the cluster's secrets, which Configure writes to SecretFile
 	Primary    map[string]any // optional: keys of the primary's entry to set
 	Chain      []any          // optional: more entries behind wgcni
+	Replace    []string       // optional: pairs of texts in the example, and what stands in their place
 }
 
 // PodCIDRs are the ranges that Configure gives to a node.
@@ -48,22 +49,10 @@ func (c *Cluster) RegistryFile() string { return filepath.Join(c.Shared, "mesh.j
 
 // Conflist returns an example of conflist/ as it has to be on this node.
 func (n *Node) Conflist(o NetworkOptions) (string, error) {
-	root, err := RepoRoot()
-	if err != nil {
-		return "", err
-	}
-	if o.Example == "" {
-		o.Example = "bridge.conflist"
-	}
-	text, err := os.ReadFile(filepath.Join(root, "conflist", o.Example))
-	if err != nil {
-		return "", err
-	}
 	own := n.PodCIDRs()
-	edited := strings.NewReplacer("10.244.1.0/24", own[0].String(), "fd00:244:1::/64", own[1].String()).Replace(string(text))
-	var list map[string]any
-	if err := json.Unmarshal([]byte(edited), &list); err != nil {
-		return "", fmt.Errorf("conflist/%s: %w", o.Example, err)
+	list, err := o.read("10.244.1.0/24", own[0].String(), "fd00:244:1::/64", own[1].String())
+	if err != nil {
+		return "", err
 	}
 	if o.CNIVersion != "" {
 		list["cniVersion"] = o.CNIVersion
@@ -73,12 +62,7 @@ func (n *Node) Conflist(o NetworkOptions) (string, error) {
 		return "", fmt.Errorf("conflist/%s: want a primary plugin and wgcni", o.Example)
 	}
 	set(entries[0], o.Primary)
-	ours := entries[len(entries)-1]
-	set(ours, map[string]any{"registry": map[string]any{"type": "file", "path": n.cluster.RegistryFile()}})
-	if len(o.Secrets) > 0 {
-		set(ours, map[string]any{"clusterSecretFile": SecretFile})
-	}
-	set(ours, o.Stanza)
+	n.own(entries[len(entries)-1], o)
 	if o.Plain {
 		entries = entries[:len(entries)-1]
 	}
@@ -98,10 +82,15 @@ func set(entry any, keys map[string]any) {
 	}
 }
 
-// Configure writes the node's conflist, and its secrets if there are any. A
-// helper that runs reads the old files or the new ones.
+// Configure writes the node's conflist, and its secrets if there are any; on a
+// machine that is no node the bare stanza. A helper that runs reads the old files
+// or the new ones.
 func (n *Node) Configure(o NetworkOptions) error {
-	text, err := n.Conflist(o)
+	write, file := n.Conflist, filepath.Join(ConfDir, ConflistFile)
+	if n.bare() {
+		write, file = n.Stanza, StanzaFile
+	}
+	text, err := write(o)
 	if err != nil {
 		return err
 	}
@@ -110,7 +99,7 @@ func (n *Node) Configure(o NetworkOptions) error {
 			return err
 		}
 	}
-	return n.replaceFile(filepath.Join(ConfDir, ConflistFile), text, 0o644)
+	return n.replaceFile(file, text, 0o644)
 }
 
 // replaceFile writes a file aside and renames it.
@@ -126,12 +115,12 @@ func (n *Node) replaceFile(p, content string, perm os.FileMode) error {
 
 // Wgcnid runs a command of the helper's command line on the node and returns its output.
 func (n *Node) Wgcnid(ctx context.Context, args ...string) (string, error) {
-	return n.Run(ctx, filepath.Join(n.cluster.BinDir, "wgcnid"), args...)
+	return n.Run(ctx, filepath.Join(n.cluster.BinDir, "wgcnid"), append(n.configFlag(), args...)...)
 }
 
 // StartHelper starts `wgcnid run`.
 func (n *Node) StartHelper() (*Process, error) {
-	return n.Start(filepath.Join(n.cluster.BinDir, "wgcnid"), "run")
+	return n.Start(filepath.Join(n.cluster.BinDir, "wgcnid"), append(n.configFlag(), "run")...)
 }
 
 // Status is as much of `wgcnid status --json` as tests look at.
@@ -166,7 +155,7 @@ type Status struct {
 
 // Status asks `wgcnid status --json`.
 func (n *Node) Status(ctx context.Context) (s Status, err error) {
-	cmd := n.Command(ctx, filepath.Join(n.cluster.BinDir, "wgcnid"), "status", "--json")
+	cmd := n.Command(ctx, filepath.Join(n.cluster.BinDir, "wgcnid"), append(n.configFlag(), "status", "--json")...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
