@@ -22,15 +22,19 @@ func (c Conflict) String() string { return c.Node + ": " + c.What + " refused: "
 
 // Ownership is who may send and receive for which addresses.
 type Ownership struct {
-	// Prefixes of each node, by name, sorted. No prefix is in two lists.
+	// Prefixes of each node, by name, sorted. No prefix is in two lists. Those of a
+	// plain machine are the addresses that its carrier claims for it.
 	Prefixes map[string][]netip.Prefix
+	// Carrier is the node that carries each plain machine, by name; see Node.Via.
+	Carrier map[string]string
 	// Hosts of each node, by name: the claims that stand, none of them among Prefixes.
 	Hosts map[string][]Claim
 	// Endpoints that may be used, by node name.
 	Endpoints map[string]netip.AddrPort
-	// Exempt are the machines' own addresses that lie inside clusterCIDRs, as
-	// they do where pods share the nodes' network. They are not pods: they are
-	// reached without the tunnel. Sorted.
+	// Exempt are the machines' own addresses that lie inside the bounds, as they do
+	// where pods share the nodes' network. They are not pods: they are reached
+	// without the tunnel. One inside externalCIDRs that is claimed as a host is not
+	// among them. Sorted.
 	Exempt []netip.Addr
 	// Refused names the nodes that get no peer at all.
 	Refused   map[string]bool
@@ -38,14 +42,18 @@ type Ownership struct {
 }
 
 // Owners decides between the claims of all nodes. The result depends only on
-// the set of nodes, the clusterCIDRs and the revoked keys, so every node that
-// holds the same snapshot decides alike, in whatever order the records arrived:
+// the set of nodes, the bounds and the revoked keys, so every node that holds
+// the same snapshot decides alike, in whatever order the records arrived:
 //
 //   - a node with a revoked public key is refused, and nothing of its record
 //     counts: not even an address may be exempt, by which a forgotten machine
 //     would go on sending plaintext to the pods;
 //   - two nodes with one public key are both refused;
-//   - a claim must lie inside clusterCIDRs and may not be a default route;
+//   - a claim must lie inside clusterCIDRs or externalCIDRs and may not be a
+//     default route;
+//   - a plain machine's addresses are single ones inside peerCIDRs; of two machines
+//     with one address the older has it. A node may claim it if the machine enters
+//     by that node, and the newest such claim says who carries the machine;
 //   - an endpoint inside a claimed prefix would send the tunnel into itself:
 //     whichever of the two is older stands;
 //   - of two overlapping node prefixes the older claim stands, ties go to the
@@ -63,10 +71,11 @@ type Ownership struct {
 //
 // The names of the nodes must differ, as the registry's keys do. What revoked
 // means is told at Facts.Revoked.
-func Owners(nodes []Node, clusterCIDRs []netip.Prefix, revoked map[wgtypes.Key]string) Ownership {
+func Owners(nodes []Node, b Bounds, revoked map[wgtypes.Key]string) Ownership {
 	nodes = slices.SortedFunc(slices.Values(nodes), func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 	o := Ownership{
 		Prefixes:  map[string][]netip.Prefix{},
+		Carrier:   map[string]string{},
 		Hosts:     map[string][]Claim{},
 		Endpoints: map[string]netip.AddrPort{},
 		Refused:   map[string]bool{},
@@ -77,9 +86,10 @@ func Owners(nodes []Node, clusterCIDRs []netip.Prefix, revoked map[wgtypes.Key]s
 	for _, l := range byAddr {
 		o.Endpoints[l.node] = l.endpoint
 	}
-	held := o.settlePrefixes(nodes, clusterCIDRs, byAddr)
-	owner := o.settlePods(nodes, clusterCIDRs, byAddr, held)
-	o.settleExempt(nodes, clusterCIDRs, owner)
+	nodes, plain := o.settlePlain(nodes, b.Peer)
+	held := o.settlePrefixes(nodes, b, byAddr)
+	owner := o.settlePods(nodes, b, plain, byAddr, held)
+	o.settleExempt(nodes, b, owner)
 	o.settleHosts(nodes, owner)
 	for name := range o.Prefixes {
 		o.Prefixes[name] = SortPrefixes(o.Prefixes[name])
@@ -172,20 +182,24 @@ func holdings(nodes []Node, refused map[string]bool, claims func(Node) []Claim) 
 }
 
 // permitted says whether a claim is acceptable by itself.
-func (o *Ownership) permitted(h holding, clusterCIDRs []netip.Prefix) bool {
+func (o *Ownership) permitted(h holding, b Bounds) bool {
 	switch {
 	case h.prefix.Bits() == 0:
 		o.refuse(h.node, h.prefix, "a default route may not be claimed")
-	case !anyCovers(clusterCIDRs, h.prefix):
-		o.refuse(h.node, h.prefix, "not inside clusterCIDRs")
-	default:
+	case anyCovers(b.Cluster, h.prefix) || anyCovers(b.External, h.prefix):
 		return true
+	case anyCovers(b.Peer, h.prefix):
+		o.refuse(h.node, h.prefix, "no machine that enters by this node has it")
+	case len(b.External) > 0:
+		o.refuse(h.node, h.prefix, "inside neither clusterCIDRs nor externalCIDRs")
+	default:
+		o.refuse(h.node, h.prefix, "not inside clusterCIDRs")
 	}
 	return false
 }
 
 // settlePrefixes hands out the node prefixes, the oldest claim first.
-func (o *Ownership) settlePrefixes(nodes []Node, clusterCIDRs []netip.Prefix, byAddr []located) []holding {
+func (o *Ownership) settlePrefixes(nodes []Node, b Bounds, byAddr []located) []holding {
 	claims := holdings(nodes, o.Refused, func(n Node) []Claim { return n.Prefixes })
 	slices.SortStableFunc(claims, func(a, b holding) int {
 		return cmp.Or(a.since.Compare(b.since), cmp.Compare(a.node, b.node), ComparePrefixes(a.prefix, b.prefix))
@@ -194,7 +208,7 @@ func (o *Ownership) settlePrefixes(nodes []Node, clusterCIDRs []netip.Prefix, by
 	var held overlapIndex
 	out := make([]holding, 0, len(claims))
 	for i, h := range claims {
-		if !o.permitted(h, clusterCIDRs) {
+		if !o.permitted(h, b) {
 			continue
 		}
 		if !alone[i] {
@@ -262,8 +276,9 @@ func (o *Ownership) endpointsByAddress(nodes []Node) []located {
 	return out
 }
 
-// settlePods hands out single pods, the newest claim first, and returns all that is held.
-func (o *Ownership) settlePods(nodes []Node, clusterCIDRs []netip.Prefix, byAddr []located, held []holding) map[netip.Prefix]holding {
+// settlePods hands out single pods, the newest claim first, and returns all that
+// is held. Plain machines are handed out to their carriers in the same way.
+func (o *Ownership) settlePods(nodes []Node, b Bounds, plain plainMachines, byAddr []located, held []holding) map[netip.Prefix]holding {
 	owner := make(map[netip.Prefix]holding, len(held))
 	for _, h := range held {
 		if _, twice := owner[h.prefix]; !twice { // the older of a node's two
@@ -276,7 +291,17 @@ func (o *Ownership) settlePods(nodes []Node, clusterCIDRs []netip.Prefix, byAddr
 	})
 	pods := podClaims{holders: map[netip.Prefix]string{}}
 	for _, h := range claims {
-		if !o.permitted(h, clusterCIDRs) {
+		if machine, ok := plain.entering(h); ok {
+			if o.Carrier[machine] == "" {
+				o.Carrier[machine] = h.node
+			}
+			if o.Carrier[machine] == h.node && !slices.Contains(o.Prefixes[machine], h.prefix) {
+				owner[h.prefix] = h
+				o.Prefixes[machine] = append(o.Prefixes[machine], h.prefix)
+			}
+			continue
+		}
+		if !o.permitted(h, b) {
 			continue
 		}
 		if other, taken := owner[h.prefix]; taken {
@@ -334,10 +359,11 @@ func (c *podClaims) around(h holding) string {
 // settleExempt lets the machines keep their own addresses inside clusterCIDRs.
 // One inside the node's own prefix, such as its bridge's, is not exempt either:
 // it is reached as the pods beside it are.
-func (o *Ownership) settleExempt(nodes []Node, clusterCIDRs []netip.Prefix, owner map[netip.Prefix]holding) {
+func (o *Ownership) settleExempt(nodes []Node, b Bounds, owner map[netip.Prefix]holding) {
+	all := b.all()
 	for _, n := range nodes {
 		for _, a := range append(slices.Clone(n.Addresses), n.Endpoint.Addr()) {
-			if a = a.Unmap(); anyContains(clusterCIDRs, a) && o.maySkipTunnel(n, a, owner) {
+			if a = a.Unmap(); anyContains(all, a) && !n.externalHost(a, b) && o.maySkipTunnel(n, a, owner) {
 				o.Exempt = append(o.Exempt, a)
 			}
 		}

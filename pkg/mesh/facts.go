@@ -76,6 +76,18 @@ type Settings struct {
 	DirectPorts []uint16
 }
 
+// Bounds are the ranges that claims must lie in.
+type Bounds struct{ Cluster, External, Peer []netip.Prefix }
+
+// Bounds are those of the settings.
+func (s Settings) Bounds() Bounds { return Bounds{s.ClusterCIDRs, s.ExternalCIDRs, s.PeerCIDRs} }
+
+// claimable are the ranges of what nodes have behind them.
+func (b Bounds) claimable() []netip.Prefix { return slices.Concat(b.Cluster, b.External) }
+
+// all are those that the tunnel is for.
+func (b Bounds) all() []netip.Prefix { return slices.Concat(b.Cluster, b.External, b.Peer) }
+
 // A Claim is a prefix that a node says is behind it.
 type Claim struct {
 	Prefix netip.Prefix `json:"prefix"`

@@ -120,14 +120,14 @@ func FuzzOwners(f *testing.F) {
 		c := cursor(b)
 		facts := c.facts()
 		nodes := append(slices.Clone(facts.Nodes), facts.Self)
-		want := mesh.Owners(nodes, facts.ClusterCIDRs, facts.Revoked)
+		want := mesh.Owners(nodes, facts.Bounds(), facts.Revoked)
 		rng := rand.New(rand.NewPCG(uint64(len(b)), 1))
 		for range 3 {
 			nodes = shuffled(rng, nodes)
 			for i := range nodes {
 				nodes[i].Prefixes, nodes[i].Pods = shuffled(rng, nodes[i].Prefixes), shuffled(rng, nodes[i].Pods)
 			}
-			if got := mesh.Owners(nodes, facts.ClusterCIDRs, facts.Revoked); !reflect.DeepEqual(want, got) {
+			if got := mesh.Owners(nodes, facts.Bounds(), facts.Revoked); !reflect.DeepEqual(want, got) {
 				t.Fatalf("another order (-want +got):\n%s", cmp.Diff(want, got, byEqual))
 			}
 		}
@@ -140,7 +140,7 @@ func FuzzOwners(f *testing.F) {
 func checkRevoked(t *testing.T, o mesh.Ownership, nodes []mesh.Node, f mesh.Facts) {
 	t.Helper()
 	revoked := func(n mesh.Node) bool { return n.PublicKey != key(0) && f.Revoked[n.PublicKey] != "" }
-	without := mesh.Owners(slices.DeleteFunc(slices.Clone(nodes), revoked), f.ClusterCIDRs, nil)
+	without := mesh.Owners(slices.DeleteFunc(slices.Clone(nodes), revoked), f.Bounds(), nil)
 	for _, n := range nodes {
 		if revoked(n) && !o.Refused[n.Name] {
 			t.Errorf("%s is not refused", n.Name)

@@ -185,13 +185,12 @@ func (f Facts) settled(c Claim) bool {
 	return f.Now.IsZero() || f.Now.Sub(c.Since).Abs() >= HostsSettle
 }
 
-// addHosts lets the last peer's machine use the tunnel, and routes it there if
-// this machine does so too. Else its packets come and go as without encryptNodes.
-func (p *Plan) addHosts(h *hostPlan, name string) {
-	if h == nil {
+// addHosts lets the named machine use the tunnel by that peer, and routes it there
+// if this machine does so too. Else its packets come and go as without encryptNodes.
+func (p *Plan) addHosts(h *hostPlan, peer *Peer, name string) {
+	if h == nil || peer.Name != name {
 		return
 	}
-	peer := &p.Peers[len(p.Peers)-1]
 	for _, c := range h.owners.Hosts[name] {
 		if h.here[c.Prefix] {
 			p.Conflicts = append(p.Conflicts, Conflict{Node: name, What: "host " + c.Prefix.String(), Reason: "the address is in use on this node"})
@@ -232,14 +231,15 @@ func (p *Plan) routeHost(h *hostPlan, host netip.Prefix, own netip.Addr) {
 	}
 }
 
-// hostsIn counts the allowed IPs of a planned peer that addHosts has put behind the others.
-func (o Ownership) hostsIn(p Peer) (n int) {
-	for _, q := range p.AllowedIPs {
-		if slices.ContainsFunc(o.Hosts[p.Name], func(c Claim) bool { return c.Prefix == q }) {
-			n++
+// allHosts are the host claims that stand.
+func (o Ownership) allHosts() map[netip.Prefix]bool {
+	all := map[netip.Prefix]bool{}
+	for _, claims := range o.Hosts {
+		for _, c := range claims {
+			all[c.Prefix] = true
 		}
 	}
-	return n
+	return all
 }
 
 // AnnounceHosts returns the claims to a machine's own addresses that a node

@@ -61,7 +61,7 @@ func TestOwnersOfHosts(t *testing.T) {
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := mesh.Owners(tt.nodes, prefixes("10.244.0.0/16"), nil)
+			o := mesh.Owners(tt.nodes, mesh.Bounds{Cluster: prefixes("10.244.0.0/16")}, nil)
 			var got []string
 			for _, n := range []string{"a", "b", "c"} {
 				var held []string

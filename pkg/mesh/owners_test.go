@@ -232,7 +232,7 @@ func TestOwners(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			for range 8 { // every node decides alike, in whatever order the records arrive
 				rng.Shuffle(len(tt.nodes), func(i, j int) { tt.nodes[i], tt.nodes[j] = tt.nodes[j], tt.nodes[i] })
-				got := ownersText(tt.nodes, mesh.Owners(tt.nodes, prefixes("10.244.0.0/16", "fd00::/16"), forgotten))
+				got := ownersText(tt.nodes, mesh.Owners(tt.nodes, mesh.Bounds{Cluster: prefixes("10.244.0.0/16", "fd00::/16")}, forgotten))
 				if diff := cmp.Diff(tt.want, got, cmpopts.EquateEmpty()); diff != "" {
 					t.Fatalf("Owners (-want +got):\n%s", diff)
 				}
@@ -267,7 +267,7 @@ func TestOwnersEndpoints(t *testing.T) {
 	keep, lose, twin := listening("keep", 1, 1, "192.0.2.1:1"), listening("lose", 2, 5, "10.244.1.1:1"), listening("twin", 3, 1, "192.0.2.3:1")
 	other := twin
 	other.Name = "other"
-	o := mesh.Owners([]mesh.Node{keep, lose, twin, other, holder("old", 4, 2, "10.244.1.0/24"), listening("no", 5, 1, "192.0.2.5:1")}, prefixes("10.244.0.0/16"), nil)
+	o := mesh.Owners([]mesh.Node{keep, lose, twin, other, holder("old", 4, 2, "10.244.1.0/24"), listening("no", 5, 1, "192.0.2.5:1")}, mesh.Bounds{Cluster: prefixes("10.244.0.0/16")}, nil)
 	want := map[string]netip.AddrPort{"keep": keep.Endpoint, "old": endpoint("192.0.2.4:51820"), "no": endpoint("192.0.2.5:1")}
 	if diff := cmp.Diff(want, o.Endpoints, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Errorf("endpoints (-want +got):\n%s", diff)
@@ -284,7 +284,7 @@ func TestOwnersOfManyClones(t *testing.T) {
 	for i := range 1000 {
 		nodes = append(nodes, mesh.Node{Name: fmt.Sprintf("clone%04d", i), PublicKey: key(1)})
 	}
-	o := mesh.Owners(nodes, prefixes("10.0.0.0/8"), nil)
+	o := mesh.Owners(nodes, mesh.Bounds{Cluster: prefixes("10.0.0.0/8")}, nil)
 	if len(o.Conflicts) != len(nodes) || len(o.Refused) != len(nodes) {
 		t.Fatalf("%d conflicts, %d refused; want %d each", len(o.Conflicts), len(o.Refused), len(nodes))
 	}

@@ -1,8 +1,11 @@
 package mesh
 
 import (
+	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
@@ -15,17 +18,17 @@ type Plan struct {
 
 // NewPlan turns facts into the plan. It never fails: what cannot be served is a Conflict.
 func NewPlan(f Facts) Plan {
-	local := claimPrefixes(f.Self.Prefixes)
-	local = slices.DeleteFunc(local, func(p netip.Prefix) bool { return !anyCovers(f.ClusterCIDRs, p) })
+	local, claimable := claimPrefixes(f.Self.Prefixes), f.Bounds().claimable()
+	local = slices.DeleteFunc(local, func(p netip.Prefix) bool { return !anyCovers(claimable, p) })
 
 	conflict, revoked := revocation(f.Self, f.Revoked)
 	if revoked {
 		f.Self.PublicKey = wgtypes.Key{} // as while there is none: the tunnel goes, what guards stays
 	}
 	nodes := slices.DeleteFunc(slices.Clone(f.Nodes), func(n Node) bool { return n.Name == f.Self.Name })
-	owners := Owners(append(nodes, f.Self), f.ClusterCIDRs, f.Revoked)
+	owners := Owners(append(nodes, f.Self), f.Bounds(), f.Revoked)
 	f.LocalPods = remaining(f, owners)
-	pods := outside(f.LocalPods, local, f.ClusterCIDRs)
+	pods := outside(f.LocalPods, local, claimable)
 
 	p := Plan{Conflicts: owners.Conflicts}
 	if revoked {
@@ -33,10 +36,10 @@ func NewPlan(f Facts) Plan {
 	}
 	p.Routes = localRoutes(f, local, pods, owners.Exempt)
 	p.Rules = rules(f.Settings)
-	p.SrcValidMark = f.EncryptNodes
+	p.SrcValidMark = f.EncryptNodes || len(f.ExternalCIDRs) > 0
 	p.Filter = Filter{
 		Interface: f.Interface,
-		Cluster:   Merge(f.ClusterCIDRs),
+		Cluster:   Merge(f.Bounds().all()),
 		Local:     Merge(local),
 		Pods:      pods,
 		Exempt:    owners.Exempt,
@@ -45,7 +48,7 @@ func NewPlan(f Facts) Plan {
 	if hasKey(f.Self.PublicKey) {
 		p.addTunnel(f, nodes, owners)
 	}
-	p.Filter.Guarded = guarded(f, p.Peers, owners)
+	p.Filter.Guarded, p.Filter.Withheld = guarded(f, p.Peers, owners)
 	slices.SortFunc(p.Conflicts, compareConflicts)
 	p.Sort()
 	return p
@@ -57,14 +60,53 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 		Name: f.Interface, MTU: f.MTU, Up: true,
 		PublicKey: f.Self.PublicKey, ListenPort: f.ListenPort, FwMark: f.FwMark,
 	}
+	hosts := p.hostPlan(f, owners)
+	source := p.sources(f, hosts)
+	ours := p.ours(f)
+	nodes = slices.DeleteFunc(slices.Clone(nodes), func(n Node) bool { return owners.Refused[n.Name] })
+	topology := NewTopology(append(nodes, f.Self), owners.Carrier)
+	neighbours := p.addPeers(f, nodes, topology, owners)
+	p.Routes = slices.Grow(p.Routes, 2*len(nodes))
+	for _, n := range nodes {
+		next, ok := neighbours[topology.Next(f.Self.Name, n.Name)]
+		if !ok {
+			if why := topology.WhyNot(f.Self.Name, n.Name); why != "" {
+				p.Conflicts = append(p.Conflicts, Conflict{Node: n.Name, What: "traffic with " + f.Self.Name, Reason: why})
+			}
+			continue
+		}
+		peer := &p.Peers[next]
+		for _, q := range owners.Prefixes[n.Name] {
+			if ours[q] {
+				continue
+			}
+			peer.AllowedIPs = append(peer.AllowedIPs, q)
+			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})
+		}
+		p.addHosts(hosts, peer, n.Name)
+	}
+}
+
+// sources are the addresses that this machine's own packets into the tunnel have,
+// by being IPv6: the tunnel's, else the machine's own if others reach it by that.
+func (p *Plan) sources(f Facts, hosts *hostPlan) map[bool]netip.Addr {
 	source := map[bool]netip.Addr{}
-	self := f.Self
-	self.Prefixes = slices.DeleteFunc(slices.Clone(self.Prefixes), func(c Claim) bool { return !anyCovers(f.ClusterCIDRs, c.Prefix) })
+	if hosts != nil {
+		maps.Copy(source, hosts.own)
+	}
+	self, claimable := f.Self, f.Bounds().claimable()
+	self.Prefixes = slices.DeleteFunc(slices.Clone(self.Prefixes), func(c Claim) bool { return !anyCovers(claimable, c.Prefix) })
 	for _, a := range self.TunnelAddresses() { // of a prefix that peers can allow
 		p.Addresses = append(p.Addresses, hostPrefix(a))
 		source[a.Is6()] = a
 	}
-	ours := map[netip.Prefix]bool{} // whatever others claim, a node knows best where its own pods are
+	return source
+}
+
+// ours are the local pods and ranges: whatever others claim, a node knows best
+// where its own pods are.
+func (p *Plan) ours(f Facts) map[netip.Prefix]bool {
+	ours := map[netip.Prefix]bool{}
 	for _, a := range f.LocalPods {
 		ours[hostPrefix(a.Unmap())] = true
 	}
@@ -73,21 +115,62 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 			ours[r.Prefix] = true
 		}
 	}
-	p.Peers, p.Routes = make([]Peer, 0, len(nodes)), slices.Grow(p.Routes, 2*len(nodes))
-	hosts := p.hostPlan(f, owners)
+	return ours
+}
+
+const (
+	// gatewayKeepalive lets the gateways of a location hear each other, so that one
+	// that is silent is noticed.
+	gatewayKeepalive = 3 * time.Second
+	// natKeepalive keeps the mapping of a NAT alive: those of UDP live for 30 s or
+	// more (RFC 4787 asks for 2 minutes, and few do that).
+	natKeepalive = 25 * time.Second
+)
+
+// addPeers plans the peers, with no allowed IPs yet, and returns which is whose.
+func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownership) map[string]int {
+	neighbours := make(map[string]int, len(nodes))
+	p.Peers = make([]Peer, 0, len(nodes))
 	for _, n := range nodes {
-		if owners.Refused[n.Name] {
+		if topology.Next(f.Self.Name, n.Name) != n.Name && !slices.Contains(n.Via, f.Self.Name) {
 			continue
 		}
-		prefixes := slices.DeleteFunc(slices.Clone(owners.Prefixes[n.Name]), func(q netip.Prefix) bool { return ours[q] })
-		p.Peers = append(p.Peers, Peer{
-			Name: n.Name, PublicKey: n.PublicKey, PresharedKey: n.PresharedKey,
-			Endpoint: owners.Endpoints[n.Name], AllowedIPs: prefixes, Keepalive: f.Keepalive,
-		})
-		for _, q := range prefixes {
-			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})
+		keepalive := f.Keepalive
+		switch {
+		case n.Plain(): // it is for the machine to keep its mapping alive
+		case f.Self.Role == RoleGateway && n.Role == RoleGateway && f.Self.Location == n.Location:
+			keepalive = gatewayKeepalive
+		case f.Self.CallsOnly:
+			keepalive = cmp.Or(keepalive, natKeepalive)
 		}
-		p.addHosts(hosts, n.Name)
+		peer := Peer{
+			Name: n.Name, PublicKey: n.PublicKey, PresharedKey: n.PresharedKey,
+			Endpoint: owners.Endpoints[n.Name], Keepalive: keepalive,
+		}
+		if n.Masqueraded {
+			p.addMasqueraded(f, &peer, n)
+		} else {
+			neighbours[n.Name] = len(p.Peers)
+		}
+		p.Peers = append(p.Peers, peer)
+	}
+	return neighbours
+}
+
+// addMasqueraded lets a machine in that only this node knows: the others see its
+// packets come from here.
+func (p *Plan) addMasqueraded(f Facts, peer *Peer, n Node) {
+	taken := f.Bounds().all()
+	for _, c := range n.Prefixes {
+		q := c.Prefix.Masked()
+		inside := anyCovers(f.PeerCIDRs, q) && q.IsSingleIP()
+		if !inside && slices.ContainsFunc(taken, q.Overlaps) || q.Bits() == 0 {
+			p.Conflicts = append(p.Conflicts, Conflict{Node: n.Name, What: q.String(), Reason: "what is masqueraded lies outside of clusterCIDRs and externalCIDRs"})
+			continue
+		}
+		peer.AllowedIPs = append(peer.AllowedIPs, q)
+		p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Table: f.Table})
+		p.Filter.Masqueraded = append(p.Filter.Masqueraded, q)
 	}
 }
 
@@ -130,7 +213,9 @@ func remaining(f Facts, owners Ownership) []netip.Addr {
 	return slices.DeleteFunc(slices.Clone(f.LocalPods), func(a netip.Addr) bool { return moved[a.Unmap()] })
 }
 
-// localRoutes are those that do not need the tunnel.
+// localRoutes are those that do not need the tunnel. What is inside externalCIDRs
+// and not announced is left to the main table: it may be this machine's gateway.
+// Pods do not get there, see Filter.
 func localRoutes(f Facts, local []netip.Prefix, pods, exempt []netip.Addr) []Route {
 	var out []Route
 	throw := slices.Concat(local, hostPrefixes(pods), hostPrefixes(exempt))
@@ -138,32 +223,39 @@ func localRoutes(f Facts, local []netip.Prefix, pods, exempt []netip.Addr) []Rou
 		out = append(out, Route{Prefix: p, Type: Throw, Table: f.Table})
 	}
 	if f.Encryption == Required {
-		for _, p := range Merge(f.ClusterCIDRs) {
+		for _, p := range Merge(slices.Concat(f.ClusterCIDRs, f.PeerCIDRs)) {
 			out = append(out, Route{Prefix: p, Type: Unreachable, Table: f.Table, Metric: guardMetric})
 		}
 	}
 	return out
 }
 
-// rules has one rule for each family of the cluster.
+// rules has one rule for each family that the tunnel is for.
 func rules(s Settings) []Rule {
 	var out []Rule
+	all := s.Bounds().all()
 	for _, v6 := range []bool{false, true} {
-		if slices.ContainsFunc(s.ClusterCIDRs, func(p netip.Prefix) bool { return p.Addr().Is6() == v6 }) {
+		if slices.ContainsFunc(all, func(p netip.Prefix) bool { return p.Addr().Is6() == v6 }) {
 			out = append(out, Rule{IPv6: v6, Priority: s.RulePriority, FwMark: s.FwMark, Table: s.Table})
 		}
 	}
 	return out
 }
 
-// guarded is what may only be reached through the tunnel.
-func guarded(f Facts, peers []Peer, owners Ownership) []netip.Prefix {
-	if f.Encryption == Required {
-		return Merge(f.ClusterCIDRs)
-	}
+// guarded is what pods may only reach through the tunnel, and withheld what this
+// machine itself may.
+func guarded(f Facts, peers []Peer, owners Ownership) (guarded, withheld []netip.Prefix) {
 	var joined []netip.Prefix
 	for _, p := range peers {
-		joined = append(joined, p.AllowedIPs[:len(p.AllowedIPs)-owners.hostsIn(p)]...)
+		joined = append(joined, p.AllowedIPs...)
 	}
-	return Merge(joined)
+	if hosts := owners.allHosts(); len(hosts) > 0 { // they are held one by one, see NodeFilter
+		joined = slices.DeleteFunc(joined, func(p netip.Prefix) bool { return hosts[p] })
+	}
+	if f.Encryption != Required {
+		joined = Merge(joined)
+		return joined, joined
+	}
+	external := slices.DeleteFunc(joined, func(p netip.Prefix) bool { return !anyCovers(f.ExternalCIDRs, p) })
+	return Merge(f.Bounds().all()), Merge(slices.Concat(f.ClusterCIDRs, f.PeerCIDRs, external))
 }

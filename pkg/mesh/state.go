@@ -86,17 +86,22 @@ type Rule struct {
 //
 // What it does: a packet from Cluster to Guarded that leaves by an interface
 // other than Interface is dropped and counted, and so is one from Guarded to
-// Cluster that came in by another. Local, Pods and Exempt addresses at the far
-// end are excepted. A packet from Local or Pods that leaves by Interface keeps
+// Cluster that came in by another. For what this machine itself sends and gets
+// Withheld takes the place of Guarded: a part of it, so that no machine is cut off
+// from its gateway. Local, Pods and Exempt addresses at the far end are excepted. A packet from Local or Pods that leaves by Interface keeps
 // its source address, whatever masquerades later.
 type Filter struct {
 	Interface string
 	Cluster   []netip.Prefix
 	Guarded   []netip.Prefix // disjoint
+	Withheld  []netip.Prefix // disjoint
 	Local     []netip.Prefix // disjoint: this node's own ranges
 	Pods      []netip.Addr   // this node's pods outside of Local
 	Exempt    []netip.Addr   // node addresses inside Cluster
-	Nodes     NodeFilter
+	// Masqueraded are the ranges of machines that only this node knows: what comes
+	// from them leaves by Interface with this node's address.
+	Masqueraded []netip.Prefix
+	Nodes       NodeFilter
 	// Broken is set by an observation: the table is there, but its chains or
 	// rules are not as we make them.
 	Broken bool

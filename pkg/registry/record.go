@@ -22,7 +22,7 @@ const (
 	MaxClaims      = 4096 // of prefixes and pods together
 	MaxAddresses   = 256
 	MaxHosts       = 64
-	MaxNames       = 64 // of segments, of entry nodes, and of silent gateways
+	MaxNames       = 64      // of segments, of entry nodes, and of silent gateways
 	MaxRecordBytes = 1 << 20 // of its JSON form, as stored
 	// MaxRevision is the largest integer that every JSON reader keeps exact
 	// (RFC 8259, section 6). In milliseconds it lasts for 285,000 years; without
