@@ -148,16 +148,8 @@ func checkCIDRs(c *Config, raw rawStanza) (err error) {
 			return &Error{"clusterCIDRs", p.String() + " is every address there is", "name the pods' ranges only"}
 		}
 	}
-	if c.PodCIDRs, err = prefixes("podCIDRs", raw.PodCIDRs); err != nil {
-		return err
-	}
-	for _, p := range c.PodCIDRs {
-		inside := slices.ContainsFunc(c.ClusterCIDRs, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
-		if !inside {
-			return &Error{"podCIDRs", p.String() + " is not inside clusterCIDRs", "add it there, or correct it"}
-		}
-	}
-	return nil
+	c.PodCIDRs, err = prefixes("podCIDRs", raw.PodCIDRs)
+	return err
 }
 
 func prefixes(key string, in []string) ([]netip.Prefix, error) {
@@ -240,7 +232,7 @@ func checkNumbers(c *Config, raw rawStanza) error {
 		return &Error{"table", strconv.Itoa(c.Table) + " is the kernel's own (local, main, default)", "use another"}
 	}
 	if raw.MTU != nil {
-		if err := within("mtu", *raw.MTU, mesh.LeastMTU(c.ClusterCIDRs), 65535); err != nil {
+		if err := within("mtu", *raw.MTU, mesh.LeastMTU(slices.Concat(c.ClusterCIDRs, c.ExternalCIDRs, c.PeerCIDRs)), 65535); err != nil {
 			return err
 		}
 		c.MTU = *raw.MTU

@@ -61,6 +61,35 @@ var wrongs = []wrong{
 	{object(`"podCIDRs": ["10.244.1.5/24"]`), "podCIDRs", "10.244.1.0/24"},
 	{object(`"podCIDRs": ["10.245.1.0/24"]`), "podCIDRs", "not inside clusterCIDRs"},
 	{object(`"podCIDRs": ["10.0.0.0/8"]`), "podCIDRs", "not inside clusterCIDRs"},
+	{object(`"podCIDRs": ["172.17.0.0/16"], "externalCIDRs": ["172.17.0.0/24"]`), "podCIDRs", "or externalCIDRs"},
+	{object(`"externalCIDRs": "192.0.2.0/24"`), "externalCIDRs", "list"},
+	{object(`"externalCIDRs": [4]`), "externalCIDRs", "string"},
+	{object(`"externalCIDRs": ["192.0.2.200"]`), "externalCIDRs", "is not a prefix"},
+	{object(`"externalCIDRs": ["192.0.2.200/24"]`), "externalCIDRs", "write 192.0.2.0/24"},
+	{object(`"externalCIDRs": ["0.0.0.0/0"]`), "externalCIDRs", "every address"},
+	{object(`"externalCIDRs": ["192.0.2.0/24", "::/0"], "peerCIDRs": ["0.0.0.0/0"]`), "externalCIDRs", "::/0 is every address"},
+	{object(`"externalCIDRs": ["192.0.2.0/24", "10.244.7.0/24"]`), "externalCIDRs", "10.244.7.0/24 overlaps 10.244.0.0/16 of clusterCIDRs"},
+	{object(`"externalCIDRs": ["10.0.0.0/8"]`), "externalCIDRs", "10.0.0.0/8 overlaps 10.244.0.0/16 of clusterCIDRs"},
+	{object(`"peerCIDRs": {"a": "10.9.0.0/24"}`), "peerCIDRs", "list"},
+	{object(`"peerCIDRs": ["laptops"]`), "peerCIDRs", "laptops"},
+	{object(`"peerCIDRs": ["0.0.0.0/0"]`), "peerCIDRs", "every address"},
+	{object(`"peerCIDRs": ["10.244.7.0/24"]`), "peerCIDRs", "10.244.7.0/24 overlaps 10.244.0.0/16 of clusterCIDRs"},
+	{object(`"peerCIDRs": ["10.9.0.0/24"], "externalCIDRs": ["10.9.0.128/25"]`), "peerCIDRs", "10.9.0.0/24 overlaps 10.9.0.128/25 of externalCIDRs"},
+	{object(`"subnets": "172.17.0.0/16"`), "subnets", "list"},
+	{object(`"subnets": ["172.17.0.1/16"]`), "subnets", "write 172.17.0.0/16"},
+	{object(`"subnets": ["172.17.0.0/16"]`), "subnets", "172.17.0.0/16 is not inside"},
+	{object(`"subnets": ["172.17.0.0/16"], "externalCIDRs": ["172.17.0.0/17"]`), "subnets", "172.17.0.0/16 is not inside"},
+	{object(`"subnets": ["10.9.0.0/24"], "peerCIDRs": ["10.9.0.0/24"]`), "subnets", "10.9.0.0/24 is not inside"},
+	{object(`"location": 1`), "location", "string"},
+	{object(`"location": "Zürich"`), "location", "lower case"},
+	{object(`"location": "-a"`), "location", `"-a" is no name`},
+	{object(`"location": "` + strings.Repeat("a", 64) + `"`), "location", "63"},
+	{object(`"role": ["gateway"]`), "role", "string"},
+	{object(`"role": "router"`), "role", `"router" is no role`},
+	{object(`"segments": "prod"`), "segments", "list"},
+	{object(`"segments": [1]`), "segments", "string"},
+	{object(`"segments": ["prod", ""]`), "segments", `"" is no name`},
+	{object(`"segments": ["a.b"]`), "segments", `"a.b" is no name`},
 	{object(`"encryption": true`), "encryption", "string"},
 	{object(`"encryption": "maybe"`), "encryption", `"required"`},
 	{object(`"encryptNodes": "yes"`), "encryptNodes", "true or false"},
@@ -69,6 +98,7 @@ var wrongs = []wrong{
 	{object(`"encryptNodes": true, "directPorts": [0]`), "directPorts", "1 to 65535"},
 	{object(`"encryptNodes": true, "directPorts": [22, 65536]`), "directPorts", "65536"},
 	{object(`"directPorts": [22]`), "directPorts", "without encryptNodes"},
+	{object(`"externalCIDRs": ["192.0.2.0/24"], "directPorts": [0]`), "directPorts", "1 to 65535"},
 	{`{"nodeName": 5, ` + minimal + `}`, "nodeName", "string"},
 	{`{"nodeName": "Node_A", ` + minimal + `}`, "nodeName", "Node_A"},
 	{`{"nodeName": "-a", ` + minimal + `}`, "nodeName", "DNS"},
@@ -301,7 +331,15 @@ var values = map[string]struct {
 	"clusterCIDRs": {`["10.244.0.0/16", "fd00:244::/32"]`, func(c *Config) {
 		c.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
 	}},
-	"podCIDRs":          {`["10.244.1.0/24"]`, func(c *Config) { c.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")} }},
+	"podCIDRs": {`["10.244.1.0/24"]`, func(c *Config) { c.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")} }},
+	"externalCIDRs": {`["192.0.2.0/24", "2001:db8::/64"]`, func(c *Config) {
+		c.ExternalCIDRs, c.DirectPorts = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/64")}, []uint16{22}
+	}},
+	"peerCIDRs":         {`["10.9.0.0/24"]`, func(c *Config) { c.PeerCIDRs = []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")} }},
+	"subnets":           {`["10.244.8.0/24"]`, func(c *Config) { c.Subnets = []netip.Prefix{netip.MustParsePrefix("10.244.8.0/24")} }}, // for more see TestSubnets
+	"location":          {`"dc-1"`, func(c *Config) { c.Location = "dc-1" }},
+	"role":              {`"gateway"`, func(c *Config) { c.Role = mesh.RoleGateway }},
+	"segments":          {`["web", "db", "web"]`, func(c *Config) { c.Segments = []string{"db", "web"} }},
 	"encryption":        {`"preferred"`, func(c *Config) { c.Encryption = mesh.Preferred }},
 	"encryptNodes":      {`true`, func(c *Config) { c.EncryptNodes, c.DirectPorts = true, []uint16{22} }},
 	"directPorts":       {`null`, func(*Config) {}}, // for more see TestDirectPorts
@@ -385,6 +423,36 @@ func TestParse(t *testing.T) {
 	want := defaults()
 	want.Name, want.CNIVersion = "pods", "1.1.0"
 	check(object(`"type": "wgcni", "name": "pods", "cniVersion": "1.1.0"`), want)
+}
+
+func TestSubnets(t *testing.T) {
+	c, err := Parse([]byte(object(`"externalCIDRs": ["172.16.0.0/12"], "subnets": ["172.17.0.0/16", "10.244.8.0/24"], "podCIDRs": ["172.18.1.0/24"]`)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("10.244.8.0/24")}
+	if diff := cmp.Diff(want, c.Subnets, compareAddrs); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestRoles(t *testing.T) {
+	for word, want := range map[string]mesh.Role{"": mesh.RoleNode, "node": mesh.RoleNode, "gateway": mesh.RoleGateway, "spoke": mesh.RoleSpoke} {
+		if c, err := Parse([]byte(object(fmt.Sprintf(`"role": %q`, word)))); err != nil || c.Role != want {
+			t.Errorf("%q: %q, %v", word, c.Role, err)
+		}
+	}
+}
+
+// TestNoEndpoint: a machine behind NAT publishes none, not even the one that is found.
+func TestNoEndpoint(t *testing.T) {
+	c, err := Parse([]byte(object(`"endpoint": "none"`)))
+	if err != nil || c.Endpoint != "" || !c.CallsOnly {
+		t.Errorf("%q, calls only: %v, %v", c.Endpoint, c.CallsOnly, err)
+	}
+	if _, err := Parse([]byte(object(`"endpoint": "None"`))); err == nil {
+		t.Error("None is taken for none")
+	}
 }
 
 func TestSeal(t *testing.T) {
@@ -570,7 +638,7 @@ func FuzzStanza(f *testing.F) {
 				c.SecretFile == "" && !c.AcceptUnsealed || c.SecretFile != "" && !filepath.IsAbs(c.SecretFile) || !soundRegistry(c.Registry) {
 				t.Errorf("accepted: %+v", c)
 			}
-			for _, p := range slices.Concat(c.ClusterCIDRs, c.PodCIDRs) {
+			for _, p := range slices.Concat(c.ClusterCIDRs, c.PodCIDRs, c.ExternalCIDRs, c.PeerCIDRs, c.Subnets) {
 				if p != p.Masked() || p.Bits() == 0 {
 					t.Errorf("accepted: %s", p)
 				}

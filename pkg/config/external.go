@@ -9,7 +9,8 @@ import (
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
-// checkExternal reads what is about machines that are no nodes.
+// checkExternal reads what is about machines that are no nodes, and where this
+// machine's own ranges may lie.
 func checkExternal(c *Config, raw rawStanza) (err error) {
 	if c.ExternalCIDRs, err = prefixes("externalCIDRs", raw.ExternalCIDRs); err != nil {
 		return err
@@ -20,10 +21,13 @@ func checkExternal(c *Config, raw rawStanza) (err error) {
 	if c.Subnets, err = prefixes("subnets", raw.Subnets); err != nil {
 		return err
 	}
-	for key, list := range map[string][]netip.Prefix{"externalCIDRs": c.ExternalCIDRs, "peerCIDRs": c.PeerCIDRs} {
-		for _, p := range list {
+	for _, ranges := range []struct {
+		key string
+		in  []netip.Prefix
+	}{{"externalCIDRs", c.ExternalCIDRs}, {"peerCIDRs", c.PeerCIDRs}} {
+		for _, p := range ranges.in {
 			if p.Bits() == 0 {
-				return &Error{key, p.String() + " is every address there is", "name the machines' ranges only"}
+				return &Error{ranges.key, p.String() + " is every address there is", "name the machines' ranges only"}
 			}
 		}
 	}
@@ -39,9 +43,14 @@ func checkExternal(c *Config, raw rawStanza) (err error) {
 			return &Error{pair.key, fmt.Sprintf("%s overlaps %s of %s", p, q, pair.other), "choose ranges that share no address"}
 		}
 	}
-	for _, p := range c.Subnets {
-		if !slices.ContainsFunc(slices.Concat(c.ClusterCIDRs, c.ExternalCIDRs), func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) }) {
-			return &Error{"subnets", p.String() + " is inside neither clusterCIDRs nor externalCIDRs", "add it to externalCIDRs on every machine, or correct it"}
+	for _, ranges := range []struct {
+		key string
+		in  []netip.Prefix
+	}{{"podCIDRs", c.PodCIDRs}, {"subnets", c.Subnets}} {
+		for _, p := range ranges.in {
+			if !slices.ContainsFunc(slices.Concat(c.ClusterCIDRs, c.ExternalCIDRs), func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) }) {
+				return &Error{ranges.key, p.String() + " is not inside clusterCIDRs or externalCIDRs", "add it there on every machine, or correct it"}
+			}
 		}
 	}
 	return nil

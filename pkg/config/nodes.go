@@ -10,17 +10,17 @@ import (
 // sshPort is the one direct port where the stanza names none.
 const sshPort = 22
 
-// checkNodes reads what encryptNodes is about. The registry's ports are direct
-// in any case: without them a node whose tunnel is broken could not hear what
-// would mend it.
+// checkNodes reads what encryptNodes is about, and what it has in common with
+// externalCIDRs, where other machines are reached through the tunnel too. The
+// registry's ports are direct in any case: without them a node whose tunnel is
+// broken could not hear what would mend it.
 func checkNodes(c *Config, raw rawStanza) error {
-	if !raw.EncryptNodes {
+	if c.EncryptNodes = raw.EncryptNodes; !c.EncryptNodes && len(c.ExternalCIDRs) == 0 {
 		if raw.DirectPorts != nil {
-			return &Error{"directPorts", "set without encryptNodes", `set "encryptNodes": true too, or leave directPorts out`}
+			return &Error{"directPorts", "set without encryptNodes or externalCIDRs", `set "encryptNodes": true too, or leave directPorts out`}
 		}
 		return nil
 	}
-	c.EncryptNodes = true
 	ports := []int{sshPort}
 	if raw.DirectPorts != nil {
 		ports = *raw.DirectPorts

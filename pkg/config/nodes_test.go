@@ -16,6 +16,8 @@ func TestDirectPorts(t *testing.T) {
 	}{
 		{"off", object(`"encryptNodes": false`), nil},
 		{"ssh by default", object(`"encryptNodes": true`), []uint16{22}},
+		{"ssh with external machines", object(`"externalCIDRs": ["192.0.2.0/24"]`), []uint16{22}},
+		{"chosen with external machines", object(`"externalCIDRs": ["192.0.2.0/24"], "directPorts": [2222]`), []uint16{2222}},
 		{"none", object(`"encryptNodes": true, "directPorts": []`), nil},
 		{"sorted, each once", object(`"encryptNodes": true, "directPorts": [6443, 22, 22]`), []uint16{22, 6443}},
 		{"the registry's too", etcdAt(`"http://192.0.2.1:2379", "http://[2001:db8::1]:12379", "http://etcd.example.org:2379"`, ""), []uint16{22, 2379, 12379}},
