@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -232,7 +231,7 @@ func checkNumbers(c *Config, raw rawStanza) error {
 		return &Error{"table", strconv.Itoa(c.Table) + " is the kernel's own (local, main, default)", "use another"}
 	}
 	if raw.MTU != nil {
-		if err := within("mtu", *raw.MTU, mesh.LeastMTU(slices.Concat(c.ClusterCIDRs, c.ExternalCIDRs, c.PeerCIDRs)), 65535); err != nil {
+		if err := within("mtu", *raw.MTU, mesh.LeastMTU(c.Bounds().All()), 65535); err != nil {
 			return err
 		}
 		c.MTU = *raw.MTU

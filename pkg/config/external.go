@@ -48,7 +48,7 @@ func checkExternal(c *Config, raw rawStanza) (err error) {
 		in  []netip.Prefix
 	}{{"podCIDRs", c.PodCIDRs}, {"subnets", c.Subnets}} {
 		for _, p := range ranges.in {
-			if !slices.ContainsFunc(slices.Concat(c.ClusterCIDRs, c.ExternalCIDRs), func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) }) {
+			if !slices.ContainsFunc(c.Bounds().Claimable(), func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) }) {
 				return &Error{ranges.key, p.String() + " is not inside clusterCIDRs or externalCIDRs", "add it there on every machine, or correct it"}
 			}
 		}

@@ -48,14 +48,15 @@ var families = []family{
 
 // The sets of the table; each exists once a family, as local4 and local6.
 const (
-	setCluster = "cluster"
-	setGuarded = "guarded"
-	setLocal   = "local"
-	setExempt  = "exempt"
-	setPods    = "pods"
+	setCluster  = "cluster"
+	setGuarded  = "guarded"
+	setWithheld = "withheld"
+	setLocal    = "local"
+	setExempt   = "exempt"
+	setPods     = "pods"
 )
 
-var prefixSets = []string{setCluster, setGuarded, setLocal}
+var prefixSets = []string{setCluster, setGuarded, setWithheld, setLocal}
 
 func (f family) set(name string) *nftables.Set {
 	return &nftables.Set{
@@ -71,6 +72,8 @@ func prefixesOf(f *mesh.Filter, name string) *[]netip.Prefix {
 		return &f.Cluster
 	case setGuarded:
 		return &f.Guarded
+	case setWithheld:
+		return &f.Withheld
 	}
 	return &f.Local
 }
@@ -87,7 +90,7 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 	c.DelTable(t)
 	c.AddTable(t)
 	for _, fam := range families {
-		for _, name := range []string{setCluster, setGuarded, setLocal, setExempt, setPods} {
+		for _, name := range append(slices.Clone(prefixSets), setExempt, setPods) {
 			if err := c.AddSet(fam.set(name), nil); err != nil {
 				return err
 			}
@@ -122,7 +125,7 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 		}
 	}
 	if err := c.Flush(); f.Nodes.Mark != 0 && errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("this kernel has not all that encryptNodes needs (nftables with masquerade, CONFIG_NF_CONNTRACK_MARK): %w", err)
+		return fmt.Errorf("this kernel has not all that encryptNodes and externalCIDRs need (nftables with masquerade, CONFIG_NF_CONNTRACK_MARK): %w", err)
 	} else if err != nil {
 		return err
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
-// What the table has besides for the nodes' own traffic, where it is encrypted
+// What the table has besides for the nodes' own traffic, where some of it is encrypted
 // (here for IPv4, wgcni0 and the mark 0x4):
 //
 //	chain node-arrive {                          # after every dnat
@@ -27,7 +27,7 @@ import (
 //	chain node-plain {                           # what another machine sends in the clear
 //	  ct state new tcp ct mark set ct mark or 0x4    # it is answered in the clear
 //	  ... and so for udp dport < 32768, icmp, icmpv6
-//	  ip daddr @own4 ... @local4 ... @pods4 meta mark set meta mark or 0x4 return
+//	  ip daddr @own4 ... @exempt4 ... @local4 ... @pods4 meta mark set meta mark or 0x4 return
 //	  ip daddr @cluster4 return; ip daddr @nodes4 return
 //	  meta mark set meta mark or 0x4             # or a strict rp_filter would drop it
 //	}
@@ -156,7 +156,7 @@ func addNodeRules(link string, mark uint32, forward, output, keepSource *chainSp
 		arrive.add(in, f.from(setNodes), ctDirection("original", 0), setCtMark(mark, false))
 		arrive.add(notIn, f.from(setNodes), jump(chainNodePlain))
 		arrive.add(asked...)
-		for _, set := range []string{setOwn, setLocal, setPods} {
+		for _, set := range []string{setOwn, setExempt, setLocal, setPods} {
 			plain.add(f.proto(), f.to(set), setMark(mark), back)
 		}
 		for _, set := range []string{setCluster, setNodes} {

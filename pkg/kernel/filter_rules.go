@@ -18,11 +18,11 @@ import (
 //	}
 //	chain output {                               # what this node itself sends, by its last route:
 //	  type filter hook postrouting priority filter - 10 # the output hooks see the one before a dnat (kube-proxy's)
-//	  oifname != "wgcni0" ip daddr @guarded4 jump plain-out
+//	  oifname != "wgcni0" ip daddr @withheld4 jump plain-out
 //	}
 //	chain input {                                # what reaches this node itself
 //	  type filter hook input priority filter - 10
-//	  iifname != "wgcni0" ip saddr @guarded4 ip daddr @cluster4 jump plain-in
+//	  iifname != "wgcni0" ip saddr @withheld4 ip daddr @cluster4 jump plain-in
 //	}
 //	chain plain-out {                            # unless the far end is here
 //	  ip daddr @local4 return; ip daddr @pods4 return; ip daddr @exempt4 return
@@ -108,8 +108,8 @@ func chains(link string, mark uint32) []chainSpec {
 		notOut, notIn := f.notVia(expr.MetaKeyOIFNAME, "oifname", link), f.notVia(expr.MetaKeyIIFNAME, "iifname", link)
 		forward.add(notOut, f.from(setCluster), f.to(setGuarded), jump(chainPlainOut))
 		forward.add(notIn, f.from(setGuarded), f.to(setCluster), jump(chainPlainIn))
-		output.add(notOut, f.to(setGuarded), jump(chainPlainOut))
-		input.add(notIn, f.from(setGuarded), f.to(setCluster), jump(chainPlainIn))
+		output.add(notOut, f.to(setWithheld), jump(chainPlainOut))
+		input.add(notIn, f.from(setWithheld), f.to(setCluster), jump(chainPlainIn))
 		for _, set := range []string{setLocal, setPods, setExempt} {
 			plainOut.add(f.proto(), f.to(set), verdict("return", expr.VerdictReturn))
 			plainIn.add(f.proto(), f.from(set), verdict("return", expr.VerdictReturn))

@@ -360,7 +360,7 @@ func (c *podClaims) around(h holding) string {
 // One inside the node's own prefix, such as its bridge's, is not exempt either:
 // it is reached as the pods beside it are.
 func (o *Ownership) settleExempt(nodes []Node, b Bounds, owner map[netip.Prefix]holding) {
-	all := b.all()
+	all := b.All()
 	for _, n := range nodes {
 		for _, a := range append(slices.Clone(n.Addresses), n.Endpoint.Addr()) {
 			if a = a.Unmap(); anyContains(all, a) && !n.externalHost(a, b) && o.maySkipTunnel(n, a, owner) {

@@ -82,11 +82,11 @@ type Bounds struct{ Cluster, External, Peer []netip.Prefix }
 // Bounds are those of the settings.
 func (s Settings) Bounds() Bounds { return Bounds{s.ClusterCIDRs, s.ExternalCIDRs, s.PeerCIDRs} }
 
-// claimable are the ranges of what nodes have behind them.
-func (b Bounds) claimable() []netip.Prefix { return slices.Concat(b.Cluster, b.External) }
+// Claimable are the ranges of what nodes have behind them.
+func (b Bounds) Claimable() []netip.Prefix { return slices.Concat(b.Cluster, b.External) }
 
-// all are those that the tunnel is for.
-func (b Bounds) all() []netip.Prefix { return slices.Concat(b.Cluster, b.External, b.Peer) }
+// All are those that the tunnel is for.
+func (b Bounds) All() []netip.Prefix { return slices.Concat(b.Cluster, b.External, b.Peer) }
 
 // A Claim is a prefix that a node says is behind it.
 type Claim struct {

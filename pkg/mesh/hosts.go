@@ -21,7 +21,7 @@ const hostKeepalive = 25 * time.Second
 // NodeFilter is the part of the nftables table that concerns the machines' own
 // traffic. With Mark 0 there is none.
 //
-// What it does: packets that carry Mark are routed past the tunnel, as
+// Without encryptNodes they are those inside externalCIDRs. What it does: packets that carry Mark are routed past the tunnel, as
 // WireGuard's own are. So are the answers to what a peer has begun to send in the
 // clear, until the peer goes on by the tunnel: a machine that has no tunnel yet,
 // or none any more, reaches the others. So is TCP from and to DirectPorts.
@@ -36,8 +36,12 @@ type NodeFilter struct {
 	DirectPorts []uint16
 }
 
+// ReachesHosts reports whether there may be machines that this one reaches through
+// the tunnel by their own addresses.
+func (s Settings) ReachesHosts() bool { return s.EncryptNodes || len(s.ExternalCIDRs) > 0 }
+
 func nodeFilter(f Facts) NodeFilter {
-	if !f.EncryptNodes {
+	if !f.ReachesHosts() {
 		return NodeFilter{}
 	}
 	return NodeFilter{Mark: f.FwMark, DirectPorts: slices.Clone(f.DirectPorts)}
@@ -152,15 +156,19 @@ type hostPlan struct {
 	owners Ownership
 	here   map[netip.Prefix]bool // this node's own addresses and pods
 	own    map[bool]netip.Addr   // this node's addresses that have settled, by being IPv6
+	young  map[bool]bool         // it has some that have not
 	exempt map[netip.Addr]bool
 }
 
-// hostPlan is nil without encryptNodes.
+// hostPlan is nil where no machine is reached by its own address.
 func (p *Plan) hostPlan(f Facts, owners Ownership) *hostPlan {
-	if !f.EncryptNodes {
+	if !f.ReachesHosts() {
 		return nil
 	}
-	h := &hostPlan{facts: f, owners: owners, here: map[netip.Prefix]bool{}, own: map[bool]netip.Addr{}, exempt: map[netip.Addr]bool{}}
+	h := &hostPlan{
+		facts: f, owners: owners,
+		here: map[netip.Prefix]bool{}, own: map[bool]netip.Addr{}, young: map[bool]bool{}, exempt: map[netip.Addr]bool{},
+	}
 	for _, a := range slices.Concat(f.Self.Addresses, f.LocalPods) {
 		h.here[hostPrefix(a.Unmap())] = true
 	}
@@ -168,7 +176,11 @@ func (p *Plan) hostPlan(f Facts, owners Ownership) *hostPlan {
 		h.here[c.Prefix] = true
 	}
 	for _, c := range owners.Hosts[f.Self.Name] {
-		if a := c.Prefix.Addr(); f.settled(c) && !h.own[a.Is6()].IsValid() {
+		a := c.Prefix.Addr()
+		switch {
+		case !f.settled(c):
+			h.young[a.Is6()] = true
+		case !h.own[a.Is6()].IsValid():
 			h.own[a.Is6()] = a
 			p.Filter.Nodes.Own = append(p.Filter.Nodes.Own, a)
 		}
@@ -185,21 +197,30 @@ func (f Facts) settled(c Claim) bool {
 	return f.Now.IsZero() || f.Now.Sub(c.Since).Abs() >= HostsSettle
 }
 
-// addHosts lets the named machine use the tunnel by that peer, and routes it there
-// if this machine does so too. Else its packets come and go as without encryptNodes.
-func (p *Plan) addHosts(h *hostPlan, peer *Peer, name string) {
-	if h == nil || peer.Name != name {
+// addHosts lets the named machine use the tunnel by that peer, and routes it there.
+// One outside of externalCIDRs is not meant for machines without encryptNodes, nor
+// is it carried by others: its packets come and go in the clear.
+func (p *Plan) addHosts(h *hostPlan, peer *Peer, name string, source map[bool]netip.Addr) {
+	if h == nil {
 		return
 	}
 	for _, c := range h.owners.Hosts[name] {
+		external := anyCovers(h.facts.ExternalCIDRs, c.Prefix)
+		if !external && (!h.facts.EncryptNodes || peer.Name != name) {
+			continue
+		}
 		if h.here[c.Prefix] {
 			p.Conflicts = append(p.Conflicts, Conflict{Node: name, What: "host " + c.Prefix.String(), Reason: "the address is in use on this node"})
 			continue
 		}
 		peer.AllowedIPs = append(slices.Clip(peer.AllowedIPs), c.Prefix)
-		own := h.own[c.Prefix.Addr().Is6()]
-		routed := own.IsValid() && h.facts.settled(c)
+		routed := h.routes(c, external)
 		if routed {
+			v6 := c.Prefix.Addr().Is6()
+			own, ok := h.own[v6]
+			if !ok {
+				own = source[v6]
+			}
 			p.routeHost(h, c.Prefix, own)
 		}
 		// One of the two shakes hands ahead: both at the same moment, when both
@@ -210,8 +231,15 @@ func (p *Plan) addHosts(h *hostPlan, peer *Peer, name string) {
 	}
 }
 
-// routeHost leads to a machine by the tunnel. One inside the cluster's ranges
-// would be unreachable when the interface goes, for what the filter lets pass as
+// routes reports whether a machine is reached by the tunnel now. Where this one
+// has an address of its own the other answers to that, and has to know it first.
+func (h *hostPlan) routes(c Claim, external bool) bool {
+	v6 := c.Prefix.Addr().Is6()
+	return h.facts.settled(c) && (h.own[v6].IsValid() || external && !h.young[v6])
+}
+
+// routeHost leads to a machine by the tunnel, with a source address that it can
+// answer to, if there is one. A machine inside the cluster's ranges would be unreachable when the interface goes, for what the filter lets pass as
 // well: the route that it has without encryptNodes stays behind the other.
 func (p *Plan) routeHost(h *hostPlan, host netip.Prefix, own netip.Addr) {
 	a, f := host.Addr(), h.facts

@@ -230,6 +230,100 @@ func TestPlanOfHosts(t *testing.T) {
 	}
 }
 
+// What is inside externalCIDRs is reached by the tunnel without encryptNodes, by
+// nodes and by machines that have no pods.
+func TestPlanOfExternalHosts(t *testing.T) {
+	on := settings("10.244.0.0/16")
+	on.ExternalCIDRs, on.DirectPorts = prefixes("192.0.2.192/26"), []uint16{22}
+	a, vm := node("a", 1, "10.244.1.0/24"), hosting(node("vm", 2), 2, "192.0.2.200/32")
+	vm.Addresses, vm.Endpoint = addrs("192.0.2.200"), endpoint("192.0.2.200:51820")
+	second := hosting(node("wm", 3), 2, "192.0.2.201/32")
+	soon := at(2).Add(mesh.HostsSettle - time.Millisecond)
+	vmOn := on
+	vmOn.EncryptNodes = true
+	const filter = `ip rule ipv4 priority 5182 not fwmark 0x1000000/0x1000000 lookup 5182
+nft table for wgcni0
+nft set cluster 10.244.0.0/16 192.0.2.192/26
+nft set guarded 10.244.0.0/16 192.0.2.192/26
+nft set withheld 10.244.0.0/16
+`
+	const atNode = `
+ip link wgcni0 mtu 1420 up
+ip address 10.244.1.0/32 dev wgcni0
+wg wgcni0 public-key k1 listen-port 51820 fwmark 0x1000000
+wg wgcni0 peer k2 endpoint 192.0.2.200:51820 persistent-keepalive 25s allowed-ips 192.0.2.200/32
+ip route unreachable 10.244.0.0/16 metric 1048576 table 5182
+ip route throw 10.244.1.0/24 table 5182
+ip route 192.0.2.200/32 dev wgcni0 src 10.244.1.0 table 5182
+` + filter + `nft set local 10.244.1.0/24
+nft nodes mark 0x1000000 direct [22]
+nft set nodes 192.0.2.200
+nft set held 192.0.2.200
+sysctl src_valid_mark=1
+`
+	const unsettled = `
+ip link wgcni0 mtu 1420 up
+ip address 10.244.1.0/32 dev wgcni0
+wg wgcni0 public-key k1 listen-port 51820 fwmark 0x1000000
+wg wgcni0 peer k2 endpoint 192.0.2.200:51820 persistent-keepalive 25s allowed-ips 192.0.2.200/32
+ip route unreachable 10.244.0.0/16 metric 1048576 table 5182
+ip route throw 10.244.1.0/24 table 5182
+` + filter + `nft set local 10.244.1.0/24
+nft nodes mark 0x1000000 direct [22]
+sysctl src_valid_mark=1
+`
+	const atVM = `
+ip link wgcni0 mtu 1420 up
+wg wgcni0 public-key k2 listen-port 51820 fwmark 0x1000000
+wg wgcni0 peer k1 endpoint 192.0.2.1:51820 allowed-ips 10.244.1.0/24
+wg wgcni0 peer k3 endpoint 192.0.2.3:51820 persistent-keepalive 25s allowed-ips 192.0.2.201/32
+ip route unreachable 10.244.0.0/16 metric 1048576 table 5182
+ip route 10.244.1.0/24 dev wgcni0 src 192.0.2.200 table 5182
+ip route 192.0.2.201/32 dev wgcni0 src 192.0.2.200 table 5182
+` + filter + `nft nodes mark 0x1000000 direct [22]
+nft set own 192.0.2.200
+nft set nodes 192.0.2.201
+nft set held 192.0.2.201
+sysctl src_valid_mark=1
+`
+	atVMSoon := strings.NewReplacer("ip route 192.0.2.201/32 dev wgcni0 src 192.0.2.200 table 5182\n", "", " src 192.0.2.200", "",
+		"nft set own 192.0.2.200\nnft set nodes 192.0.2.201\nnft set held 192.0.2.201\n", "").Replace(atVM)
+	outside := hosting(node("vm", 2), 2, "203.0.113.9/32")
+	docker := node("vm", 2, "192.0.2.240/28")
+	for _, tt := range []struct {
+		name  string
+		facts mesh.Facts
+		want  string
+	}{
+		{"at a node", mesh.Facts{Settings: on, Self: a, Nodes: []mesh.Node{vm}}, atNode},
+		{"at a node, not settled", mesh.Facts{Settings: on, Self: a, Nodes: []mesh.Node{vm}, Now: soon}, unsettled},
+		{
+			"at a node, outside of externalCIDRs",
+			mesh.Facts{Settings: on, Self: a, Nodes: []mesh.Node{outside}},
+			strings.Replace(unsettled, "192.0.2.200:51820 persistent-keepalive 25s allowed-ips 192.0.2.200/32", "192.0.2.2:51820", 1),
+		},
+		{"at a machine without pods", mesh.Facts{Settings: vmOn, Self: vm, Nodes: []mesh.Node{a, second}}, atVM},
+		{"at a machine without pods, its own not settled", mesh.Facts{Settings: vmOn, Self: vm, Nodes: []mesh.Node{a, hosting(second, 1, "192.0.2.201/32")}, Now: soon}, atVMSoon},
+		{"a subnet behind a machine", mesh.Facts{Settings: on, Self: a, Nodes: []mesh.Node{docker}}, strings.NewReplacer(
+			"192.0.2.200:51820 persistent-keepalive 25s allowed-ips 192.0.2.200/32", "192.0.2.2:51820 allowed-ips 192.0.2.240/28", "192.0.2.200/32 dev", "192.0.2.240/28 dev",
+			"nft set withheld 10.244.0.0/16", "nft set withheld 10.244.0.0/16 192.0.2.240/28").Replace(strings.ReplaceAll(atNode, "nft set nodes 192.0.2.200\nnft set held 192.0.2.200\n", ""))},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := mesh.NewPlan(tt.facts)
+			k := kerneltest.Kernel{Name: keyName, Own: addrs("192.0.2.1", "192.0.2.200")}
+			if err := k.Apply(mesh.Diff(mesh.State{}, p.State, mesh.Context{Now: at(100)})); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want[1:], k.String()); diff != "" {
+				t.Errorf("kernel (-want +got):\n%s", diff)
+			}
+			if len(p.Conflicts) > 0 {
+				t.Error(p.Conflicts)
+			}
+		})
+	}
+}
+
 func TestAnnounceHosts(t *testing.T) {
 	got := mesh.AnnounceHosts(addrs("192.0.2.1", "::ffff:192.0.2.9", "127.0.0.1", "2001:db8::1"), claims(1, "192.0.2.1/32", "192.0.2.5/32"), at(9))
 	want := append(claims(1, "192.0.2.1/32"), claims(9, "192.0.2.9/32", "2001:db8::1/128")...)

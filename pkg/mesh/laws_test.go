@@ -173,7 +173,7 @@ func same(a, b mesh.State) bool {
 		slices.EqualFunc(a.Peers, b.Peers, func(p, q mesh.Peer) bool {
 			return p.PublicKey == q.PublicKey && p.PresharedKey == q.PresharedKey && p.Endpoint == q.Endpoint && p.Keepalive == q.Keepalive && slices.Equal(p.AllowedIPs, q.AllowedIPs)
 		}) &&
-		f.Interface == g.Interface && f.Broken == g.Broken && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) &&
+		f.Interface == g.Interface && f.Broken == g.Broken && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) && slices.Equal(f.Withheld, g.Withheld) &&
 		slices.Equal(f.Local, g.Local) && slices.Equal(f.Pods, g.Pods) && slices.Equal(f.Exempt, g.Exempt) &&
 		f.Nodes.Equal(g.Nodes) && a.SrcValidMark == b.SrcValidMark
 }
@@ -221,7 +221,8 @@ func newWatch(before, after mesh.State, pods []netip.Addr) watch {
 	removed := after.Filter.Interface == ""
 	for _, a := range samples() {
 		excepted := except(before.Filter, a) || except(after.Filter, a)
-		if !excepted && in(before.Filter.Guarded, a) && (removed || in(after.Filter.Guarded, a)) {
+		fromCluster := in(before.Filter.Cluster, source(a)) && (removed || in(after.Filter.Cluster, source(a)))
+		if !excepted && fromCluster && in(before.Filter.Guarded, a) && (removed || in(after.Filter.Guarded, a)) {
 			w.guarded = append(w.guarded, a)
 		}
 	}
@@ -329,6 +330,7 @@ func samples() (out []netip.Addr) {
 	for n := range 10 {
 		s := strconv.Itoa(n)
 		out = append(out, addrs("10.244."+s+".9", "10.244."+s+".200", "10.244.200."+s, "fd00:244:"+s+"::9", "fd00:244:ffff::"+s)...)
+		out = append(out, addrs("192.0.2."+s, "172.16."+s+".9", "2001:db8::"+s)...)
 		out = append(out, addrs("10.244.0."+s, "10.244.1."+s, "10.244.2."+s)...)
 	}
 	return out

@@ -203,7 +203,11 @@ func (o SetSrcValidMark) String() string {
 
 // sets prints the sets that SetFilter refills.
 func (f Filter) sets() string {
-	s := fmt.Sprintf("cluster %v guarded %v local %v exempt %v", f.Cluster, f.Guarded, f.Local, f.Exempt)
+	s := fmt.Sprintf("cluster %v guarded %v", f.Cluster, f.Guarded)
+	if !slices.Equal(f.Withheld, f.Guarded) { // where there are no machines but nodes they are equal
+		s += fmt.Sprintf(" withheld %v", f.Withheld)
+	}
+	s += fmt.Sprintf(" local %v exempt %v", f.Local, f.Exempt)
 	if f.Nodes.Mark != 0 {
 		s += " " + f.Nodes.sets()
 	}

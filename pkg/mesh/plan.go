@@ -18,7 +18,7 @@ type Plan struct {
 
 // NewPlan turns facts into the plan. It never fails: what cannot be served is a Conflict.
 func NewPlan(f Facts) Plan {
-	local, claimable := claimPrefixes(f.Self.Prefixes), f.Bounds().claimable()
+	local, claimable := claimPrefixes(f.Self.Prefixes), f.Bounds().Claimable()
 	local = slices.DeleteFunc(local, func(p netip.Prefix) bool { return !anyCovers(claimable, p) })
 
 	conflict, revoked := revocation(f.Self, f.Revoked)
@@ -36,10 +36,10 @@ func NewPlan(f Facts) Plan {
 	}
 	p.Routes = localRoutes(f, local, pods, owners.Exempt)
 	p.Rules = rules(f.Settings)
-	p.SrcValidMark = f.EncryptNodes || len(f.ExternalCIDRs) > 0
+	p.SrcValidMark = f.ReachesHosts()
 	p.Filter = Filter{
 		Interface: f.Interface,
-		Cluster:   Merge(f.Bounds().all()),
+		Cluster:   Merge(f.Bounds().All()),
 		Local:     Merge(local),
 		Pods:      pods,
 		Exempt:    owners.Exempt,
@@ -83,7 +83,7 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 			peer.AllowedIPs = append(peer.AllowedIPs, q)
 			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})
 		}
-		p.addHosts(hosts, peer, n.Name)
+		p.addHosts(hosts, peer, n.Name, source)
 	}
 }
 
@@ -94,7 +94,7 @@ func (p *Plan) sources(f Facts, hosts *hostPlan) map[bool]netip.Addr {
 	if hosts != nil {
 		maps.Copy(source, hosts.own)
 	}
-	self, claimable := f.Self, f.Bounds().claimable()
+	self, claimable := f.Self, f.Bounds().Claimable()
 	self.Prefixes = slices.DeleteFunc(slices.Clone(self.Prefixes), func(c Claim) bool { return !anyCovers(claimable, c.Prefix) })
 	for _, a := range self.TunnelAddresses() { // of a prefix that peers can allow
 		p.Addresses = append(p.Addresses, hostPrefix(a))
@@ -160,7 +160,7 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 // addMasqueraded lets a machine in that only this node knows: the others see its
 // packets come from here.
 func (p *Plan) addMasqueraded(f Facts, peer *Peer, n Node) {
-	taken := f.Bounds().all()
+	taken := f.Bounds().All()
 	for _, c := range n.Prefixes {
 		q := c.Prefix.Masked()
 		inside := anyCovers(f.PeerCIDRs, q) && q.IsSingleIP()
@@ -233,7 +233,7 @@ func localRoutes(f Facts, local []netip.Prefix, pods, exempt []netip.Addr) []Rou
 // rules has one rule for each family that the tunnel is for.
 func rules(s Settings) []Rule {
 	var out []Rule
-	all := s.Bounds().all()
+	all := s.Bounds().All()
 	for _, v6 := range []bool{false, true} {
 		if slices.ContainsFunc(all, func(p netip.Prefix) bool { return p.Addr().Is6() == v6 }) {
 			out = append(out, Rule{IPv6: v6, Priority: s.RulePriority, FwMark: s.FwMark, Table: s.Table})
@@ -257,5 +257,5 @@ func guarded(f Facts, peers []Peer, owners Ownership) (guarded, withheld []netip
 		return joined, joined
 	}
 	external := slices.DeleteFunc(joined, func(p netip.Prefix) bool { return !anyCovers(f.ExternalCIDRs, p) })
-	return Merge(f.Bounds().all()), Merge(slices.Concat(f.ClusterCIDRs, f.PeerCIDRs, external))
+	return Merge(f.Bounds().All()), Merge(slices.Concat(f.ClusterCIDRs, f.PeerCIDRs, external))
 }

@@ -88,8 +88,9 @@ type Rule struct {
 // other than Interface is dropped and counted, and so is one from Guarded to
 // Cluster that came in by another. For what this machine itself sends and gets
 // Withheld takes the place of Guarded: a part of it, so that no machine is cut off
-// from its gateway. Local, Pods and Exempt addresses at the far end are excepted. A packet from Local or Pods that leaves by Interface keeps
-// its source address, whatever masquerades later.
+// from its gateway. Local, Pods and Exempt addresses at the far end are excepted.
+// A packet from Local or Pods that leaves by Interface keeps its source address,
+// whatever masquerades later.
 type Filter struct {
 	Interface string
 	Cluster   []netip.Prefix
@@ -113,7 +114,7 @@ func (f Filter) present() bool { return f.Interface != "" || f.Broken }
 // sameSets reports whether all but Pods is equal.
 func (f Filter) sameSets(g Filter) bool {
 	return f.Interface == g.Interface && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) &&
-		slices.Equal(f.Local, g.Local) && slices.Equal(f.Exempt, g.Exempt)
+		slices.Equal(f.Withheld, g.Withheld) && slices.Equal(f.Local, g.Local) && slices.Equal(f.Exempt, g.Exempt)
 }
 
 func compareRoutes(a, b Route) int {
@@ -153,7 +154,7 @@ func (s *State) Sort() {
 	}
 	slices.SortFunc(s.Routes, compareRoutes)
 	slices.SortFunc(s.Rules, compareRules)
-	for _, set := range []*[]netip.Prefix{&s.Filter.Cluster, &s.Filter.Guarded, &s.Filter.Local} {
+	for _, set := range []*[]netip.Prefix{&s.Filter.Cluster, &s.Filter.Guarded, &s.Filter.Withheld, &s.Filter.Local} {
 		slices.SortFunc(*set, ComparePrefixes)
 	}
 	slices.SortFunc(s.Filter.Pods, netip.Addr.Compare)

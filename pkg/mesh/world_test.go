@@ -36,6 +36,9 @@ func (w *world) somePrefix() netip.Prefix {
 	if w.rng.IntN(3) == 0 {
 		return netip.MustParsePrefix(fmt.Sprintf("fd00:244:%d::/64", n))
 	}
+	if w.rng.IntN(4) == 0 {
+		return netip.MustParsePrefix(fmt.Sprintf("172.16.%d.0/24", n)) // external
+	}
 	return netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", n))
 }
 
@@ -181,7 +184,11 @@ func (w *world) changePods() {
 
 func (w *world) changeSelf() {
 	f := &w.facts
-	switch w.rng.IntN(13) {
+	switch w.rng.IntN(14) {
+	case 13:
+		f.ExternalCIDRs = [][]netip.Prefix{
+			nil, prefixes("192.0.2.0/24", "172.16.0.0/12"), prefixes("192.0.2.0/29", "2001:db8::/64"), prefixes("172.16.4.0/22"),
+		}[w.rng.IntN(4)]
 	case 10:
 		f.EncryptNodes, f.DirectPorts = !f.EncryptNodes, []uint16{22, uint16(2379 + w.rng.IntN(2))}
 	case 11:

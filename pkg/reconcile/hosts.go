@@ -27,7 +27,7 @@ func publishedHosts(c config.Config, known store.Known) []mesh.Claim {
 
 // settling is how long it takes until the next host claim has settled; 0 if all have.
 func (l *Loop) settling(now time.Time) (next time.Duration) {
-	if !l.config.EncryptNodes {
+	if !l.config.ReachesHosts() {
 		return 0
 	}
 	look := func(claims []mesh.Claim) {

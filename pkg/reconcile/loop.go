@@ -233,8 +233,8 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 		l.Log.Warn("no default route: this node has no address that others could reach it at", "mend", "set \"endpoint\", unless it lies behind NAT")
 	}
 	for _, p := range l.config.PodCIDRs {
-		if !slices.ContainsFunc(l.config.ClusterCIDRs, func(q netip.Prefix) bool { return q.Overlaps(p) && q.Bits() <= p.Bits() }) {
-			l.Log.Warn("a range of this node's pods is not inside clusterCIDRs: its traffic is not encrypted", "range", p, "mend", "add it to clusterCIDRs on every node")
+		if !slices.ContainsFunc(l.config.Bounds().Claimable(), func(q netip.Prefix) bool { return q.Overlaps(p) && q.Bits() <= p.Bits() }) {
+			l.Log.Warn("a range of this node's pods is inside neither clusterCIDRs nor externalCIDRs: its traffic is not encrypted", "range", p, "mend", "add it to clusterCIDRs on every node")
 		}
 	}
 	if err := l.readSecrets(); err != nil {

@@ -44,7 +44,7 @@ func Underlay(k UnderlayKernel, c config.Config) (kernel.Underlay, error) {
 // FindMTU is the tunnel's MTU, in bytes: by the underlay, and by the families of
 // all endpoints there are. It does not go below what the cluster's families need.
 func FindMTU(c config.Config, u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
-	return max(room(u, self, records), mesh.LeastMTU(c.ClusterCIDRs))
+	return max(room(u, self, records), mesh.LeastMTU(c.Bounds().All()))
 }
 
 // room is what fits into the underlay's packets. Without an underlay it is what
@@ -76,8 +76,8 @@ func FragmentsNote(c config.Config, u kernel.Underlay, known store.Known) string
 		return ""
 	}
 	mend := fmt.Sprintf("set \"mtu\" to %d at most, or leave it out", fits)
-	if least := mesh.LeastMTU(c.ClusterCIDRs); fits < least {
-		mend = fmt.Sprintf("clusterCIDRs need an MTU of %d, so raise the underlay's to %d", least, u.MTU+least-fits)
+	if least := mesh.LeastMTU(c.Bounds().All()); fits < least {
+		mend = fmt.Sprintf("the ranges in the tunnel need an MTU of %d, so raise the underlay's to %d", least, u.MTU+least-fits)
 	}
 	return fmt.Sprintf("packets of more than %d bytes leave in fragments, since the tunnel's MTU of %d does not fit into the underlay's %d: %s", fits, mtu, u.MTU, mend)
 }

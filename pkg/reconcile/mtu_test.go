@@ -95,7 +95,7 @@ func TestFragmentsNote(t *testing.T) {
 		},
 		{
 			"IPv6 over 1280", 1280, both, 0, 1280,
-			"packets of more than 1220 bytes leave in fragments, since the tunnel's MTU of 1280 does not fit into the underlay's 1280: clusterCIDRs need an MTU of 1280, so raise the underlay's to 1340",
+			"packets of more than 1220 bytes leave in fragments, since the tunnel's MTU of 1280 does not fit into the underlay's 1280: the ranges in the tunnel need an MTU of 1280, so raise the underlay's to 1340",
 		},
 	} {
 		c := testConfig(t)

@@ -109,7 +109,9 @@ func Bootstrap(c config.Config, known store.Known, k UnderlayKernel, now time.Ti
 			// None found: the pods' own addresses are guarded one by one.
 			c.PodCIDRs, _ = config.FindPodCIDRs(c.Name, config.DefaultDir)
 		}
-		known.Self.Prefixes, _ = mesh.Announce(mesh.Announcement{Prefixes: c.PodCIDRs, ClusterCIDRs: c.ClusterCIDRs}, now)
+		known.Self.Prefixes, _ = mesh.Announce(mesh.Announcement{
+			Prefixes: slices.Concat(c.PodCIDRs, c.Subnets), ClusterCIDRs: slices.Concat(c.ClusterCIDRs, c.ExternalCIDRs),
+		}, now)
 	}
 	if known.MTU == 0 {
 		u, err := Underlay(k, c)

@@ -65,7 +65,7 @@ func attachment(conf config.Config, args *skel.CmdArgs, result *current.Result) 
 		Sandbox: args.Netns, SandboxID: kernel.SandboxID(args.Netns), Pod: podName(args.Args), Since: mesh.ClaimTime(time.Now()),
 	}
 	inCluster := func(a netip.Addr) bool {
-		return slices.ContainsFunc(conf.ClusterCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
+		return slices.ContainsFunc(conf.Bounds().Claimable(), func(p netip.Prefix) bool { return p.Contains(a) })
 	}
 	var outside []string
 	for _, a := range store.ResultAddresses(result, args.IfName) {

@@ -26,7 +26,7 @@ const (
 
 // nodeTraffic also fills in what each peer's line says; nil without encryptNodes.
 func nodeTraffic(c config.Config, o reconcile.Outcome, peers []PeerStatus, now time.Time) *NodeTraffic {
-	if !c.EncryptNodes {
+	if !c.ReachesHosts() {
 		return nil
 	}
 	n := &NodeTraffic{DirectPorts: c.DirectPorts, Unreached: reconcile.NodesUnreached(o, now)}

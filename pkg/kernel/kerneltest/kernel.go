@@ -111,7 +111,7 @@ func (k *Kernel) state() mesh.State {
 }
 
 func cloneFilter(f mesh.Filter) mesh.Filter {
-	f.Cluster, f.Guarded, f.Local = slices.Clone(f.Cluster), slices.Clone(f.Guarded), slices.Clone(f.Local)
+	f.Cluster, f.Guarded, f.Withheld, f.Local = slices.Clone(f.Cluster), slices.Clone(f.Guarded), slices.Clone(f.Withheld), slices.Clone(f.Local)
 	f.Pods, f.Exempt = slices.Clone(f.Pods), slices.Clone(f.Exempt)
 	f.Nodes = cloneNodes(f.Nodes)
 	return f

@@ -2,6 +2,7 @@ package kerneltest
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -60,6 +61,9 @@ func (k *Kernel) printFilter(line func(string, ...any)) {
 	line("nft table for %s%s", f.Interface, state)
 	set(line, "cluster", f.Cluster)
 	set(line, "guarded", f.Guarded)
+	if !slices.Equal(f.Withheld, f.Guarded) {
+		set(line, "withheld", f.Withheld)
+	}
 	set(line, "local", f.Local)
 	set(line, "pods", f.Pods)
 	set(line, "exempt", f.Exempt)
