@@ -52,6 +52,9 @@ import (
 //	chain keep-source { ...
 //	  oifname "wgcni0" ip saddr @own4 snat ip to ip saddr
 //	}
+//	chain own-source { ...                       # direct, with the source of the route by the tunnel
+//	  oifname != "wgcni0" ip saddr @local4 ip daddr @nodes4 meta mark and 0x4 != 0 masquerade
+//	}
 //
 // A packet in the clear never changes how a connection that began by the tunnel
 // is answered: whoever can forge one could have the answers in the clear. Nor can
@@ -138,7 +141,7 @@ func directSet() *nftables.Set {
 
 // addNodeRules adds what the plain chains get with a mark, and returns the chains
 // that there are besides.
-func addNodeRules(link string, mark uint32, forward, output, keepSource *chainSpec) []chainSpec {
+func addNodeRules(link string, mark uint32, forward, output, keepSource, ownSource *chainSpec) []chainSpec {
 	arrive := chainSpec{name: "node-arrive", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: arrivePriority}
 	send := chainSpec{name: "node-send", kind: nftables.ChainTypeRoute, hook: nftables.ChainHookOutput, priority: arrivePriority}
 	plain, out := chainSpec{name: chainNodePlain}, chainSpec{name: chainNodeOut}
@@ -172,6 +175,7 @@ func addNodeRules(link string, mark uint32, forward, output, keepSource *chainSp
 		output.add(notOut, f.to(setHeld), unmarked(mark), jump(chainNodeOut))
 		outLink := f.via(expr.MetaKeyOIFNAME, "oifname", link)
 		keepSource.add(outLink, f.from(setOwn), f.keepSource())
+		ownSource.add(notOut, f.from(setLocal), f.to(setNodes), hasMark(mark), masquerade())
 	}
 	plain.add(setMark(mark))
 	out.add(count(counterOut), verdict("drop", expr.VerdictDrop))
@@ -215,11 +219,11 @@ func markOf(text string) (mark uint32) {
 	return mark
 }
 
-func unmarked(mark uint32) part {
-	return part{
-		fmt.Sprintf("meta mark not %#x", mark),
-		append([]expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}}, testBit(mark, expr.CmpOpEq)...),
-	}
+func hasMark(mark uint32) part  { return metaMark("meta mark %#x", mark, expr.CmpOpNeq) }
+func unmarked(mark uint32) part { return metaMark("meta mark not %#x", mark, expr.CmpOpEq) }
+
+func metaMark(text string, mark uint32, op expr.CmpOp) part {
+	return part{fmt.Sprintf(text, mark), append([]expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}}, testBit(mark, op)...)}
 }
 
 func ctMarked(mark uint32) part {

@@ -124,7 +124,7 @@ func chains(link string, mark uint32) []chainSpec {
 	plainIn.add(count(counterIn), verdict("drop", expr.VerdictDrop))
 	var more []chainSpec
 	if mark != 0 {
-		more = addNodeRules(link, mark, &forward, &output, &keepSource)
+		more = addNodeRules(link, mark, &forward, &output, &keepSource, &ownSource)
 	}
 	return append([]chainSpec{plainOut, plainIn}, append(more, forward, output, input, keepSource, ownSource)...)
 }

@@ -36,8 +36,11 @@ type NetworkOptions struct {
 	Replace    []string       // optional: pairs of texts in the example, and what stands in their place
 }
 
-// PodCIDRs are the ranges that Configure gives to a node.
+// PodCIDRs are the ranges that Configure gives to a node; none to a machine without CNI.
 func (n *Node) PodCIDRs() []netip.Prefix {
+	if n.bare() {
+		return nil
+	}
 	return []netip.Prefix{
 		netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", n.index+1)),
 		netip.MustParsePrefix(fmt.Sprintf("fd00:244:%x::/64", n.index+1)),

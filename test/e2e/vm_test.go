@@ -1,0 +1,255 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/wgcni/wgcni/test/cluster"
+)
+
+const vmExample = "examples/vm-and-database/"
+
+// vmBed is a cluster of two nodes with a pod each, and a machine beside it that
+// is not in the mesh yet. All reverse path filters are strict.
+type vmBed struct {
+	*mesh
+	vm       *cluster.Node
+	secrets  []string
+	registry map[string]any
+}
+
+// newVMBed runs the nodes from the example's own file, with the registry that is given.
+func newVMBed(t *testing.T, c *cluster.Cluster, registry map[string]any) *vmBed {
+	t.Helper()
+	b := &vmBed{secrets: []string{newSecret(t)}, registry: registry}
+	b.mesh = join(t, c, cluster.NetworkOptions{Example: vmExample + "node.conflist", Secrets: b.secrets, Stanza: map[string]any{"registry": registry}})
+	b.vm = addMachine(t, c, "database")
+	for _, p := range b.pods {
+		serve(t, p)
+	}
+	for _, n := range []*cluster.Node{c.Nodes[0], c.Nodes[1], b.vm} {
+		serveNode(t, n)
+	}
+	return b
+}
+
+// join starts the machine's helper from the example's own file.
+func (b *vmBed) join(t *testing.T) *cluster.Process {
+	t.Helper()
+	err := b.vm.Configure(cluster.NetworkOptions{Example: vmExample + "vm.json", Secrets: b.secrets, Stanza: map[string]any{"registry": b.registry}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.helpers = append(b.helpers, startHelper(t, b.vm))
+	awaitMachine(t, b.vm, b.Nodes...)
+	return b.helpers[2]
+}
+
+func addMachine(t *testing.T, c *cluster.Cluster, name string) *cluster.Node {
+	t.Helper()
+	n, err := c.AddMachine(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	strict(t, n)
+	return n
+}
+
+// routePods gives a machine ordinary routes to the pods: whatever is not held
+// back gets to their nodes in the clear.
+func routePods(t *testing.T, at *cluster.Node, nodes []*cluster.Node) {
+	t.Helper()
+	for _, n := range nodes {
+		for i, p := range n.PodCIDRs() {
+			run(t, at, "ip", "route", "replace", p.String(), "via", addressesOf(n)[i].String())
+		}
+	}
+}
+
+// awaitMachine waits until the nodes reach a machine by the tunnel.
+func awaitMachine(t *testing.T, vm *cluster.Node, nodes ...*cluster.Node) {
+	t.Helper()
+	for _, n := range nodes {
+		awaitStatus(t, n, vm.Name+" to be reached by the tunnel", func(s cluster.Status) bool { return s.OK && nodeTrafficOf(s, vm) == "encrypted" })
+	}
+	awaitStatus(t, vm, "the nodes", func(s cluster.Status) bool { return s.OK && len(s.Peers) == len(nodes) })
+}
+
+// mustReachAll checks every pair of pods and machine, both ways, with small and
+// large packets, of which none is seen in the clear.
+func (b *vmBed) mustReachAll(t *testing.T, when string) {
+	t.Helper()
+	capture := watchNodes(t, b.Cluster)
+	large := append([]byte{}, nodeMarker...)
+	large = append(large, make([]byte, 1<<14)...)
+	for _, pod := range b.pods {
+		for _, pair := range [][2]cluster.Endpointer{{pod, b.vm}, {b.vm, pod}} {
+			for _, payload := range [][]byte{nodeMarker, large} {
+				err := cluster.Poll(t.Context(), fmt.Sprintf("%s to reach %s %s", pair[0], pair[1], when), func() error {
+					return reach(t.Context(), pair[0], pair[1], payload)
+				})
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}
+	for _, n := range b.Nodes {
+		if err := reach(t.Context(), n, b.vm, nodeMarker); err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	mustBeClean(t, capture)
+}
+
+// mustReachNodes checks that the machine reaches services of the nodes themselves,
+// and ssh both ways: that needs no tunnel.
+func (b *vmBed) mustReachNodes(t *testing.T, when string) {
+	t.Helper()
+	for _, n := range b.Nodes {
+		if err := reach(t.Context(), b.vm, n, []byte("service of the node")); err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+		mustAnswerSSH(t, when, b.vm, n)
+	}
+}
+
+// mustBeHeld checks that nothing gets through between pods and machine, nor out
+// in the clear.
+func (b *vmBed) mustBeHeld(t *testing.T, when string, pods ...*cluster.Pod) {
+	t.Helper()
+	capture := watchNodes(t, b.Cluster)
+	for _, pod := range pods {
+		for i, dst := range addressesOf(b.vm) {
+			for _, pair := range []struct {
+				from cluster.Endpointer
+				to   netip.Addr
+			}{{pod, dst}, {b.vm, addressesOf(pod)[i]}} {
+				ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+				if _, err := cluster.UDP(ctx, pair.from, netip.AddrPortFrom(pair.to, echoPort), nodeMarker); err == nil {
+					t.Errorf("%s: %s reached %s", when, pair.from, pair.to)
+				}
+				cancel()
+			}
+		}
+	}
+	report, err := capture.Stop(t.Context())
+	if err := errors.Join(err, report.Clean()); err != nil {
+		t.Errorf("%s: %v", when, err)
+	}
+}
+
+// A virtual machine joins by a bare stanza, and its pods and it reach each other
+// at its real address, encrypted; before that, and without its tunnel, nothing
+// leaves in the clear, and what is between the machines themselves goes on.
+func TestVM(t *testing.T) {
+	c := strictNodes(t)
+	etcd := startEtcd(t, c, cluster.EtcdOptions{Node: c.Nodes[0]})
+	b := newVMBed(t, c, etcd.Registry(nil))
+	a := b.Nodes[0]
+	// It is no member yet.
+	before := droppedOut(t, a)
+	capture := watchNodes(t, b.Cluster)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	if _, err := cluster.UDP(ctx, b.pods[0], netip.AddrPortFrom(b.vm.IPv4, echoPort), nodeMarker); err == nil {
+		t.Error("a pod reached a machine that is no member")
+	}
+	cancel()
+	if report, err := capture.Stop(t.Context()); err != nil || report.Clean() != nil {
+		t.Errorf("%v %v", report, err)
+	}
+	if now := droppedOut(t, a); now == before {
+		t.Error("what a pod sends to a machine that is no member is not counted")
+	}
+	b.mustReachNodes(t, "before it has joined")
+	routePods(t, b.vm, b.Nodes)
+
+	b.join(t)
+	b.mustReachAll(t, "after it has joined")
+	b.mustReachNodes(t, "after it has joined")
+
+	stopHelper(t, b.helpers[2])
+	loseTunnel(t, b.vm)
+	b.mustBeHeld(t, "the machine's tunnel is gone", b.pods...)
+	b.mustReachNodes(t, "the machine's tunnel is gone")
+	b.helpers[2] = startHelper(t, b.vm)
+	awaitMachine(t, b.vm, b.Nodes...)
+
+	stopHelper(t, b.helpers[0])
+	loseTunnel(t, a)
+	before = droppedOut(t, a)
+	b.mustBeHeld(t, "a node's tunnel is gone", b.pods[0])
+	if now := droppedOut(t, a); now == before {
+		t.Error("what a pod sends while its node has no tunnel is not counted")
+	}
+	b.mustReachNodes(t, "a node's tunnel is gone")
+	b.helpers[0] = startHelper(t, a)
+	awaitMachine(t, b.vm, b.Nodes...)
+	b.mustReachAll(t, "with all tunnels back")
+}
+
+// A virtual machine reboots, and reaches the registry's port before it has a
+// tunnel; what it claims outside of the nodes' ranges is refused and told; and when
+// it leaves, it is as it was.
+func TestVMReboot(t *testing.T) {
+	c := strictNodes(t)
+	b := newVMBed(t, c, map[string]any{"type": "file", "path": c.RegistryFile()})
+	before := machineState(t, b.vm)
+	helper := b.join(t)
+	b.mustReachAll(t, "after it has joined")
+	stopHelper(t, helper)
+	if err := b.vm.Reboot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	strict(t, b.vm)
+	serveNode(t, b.vm)
+	b.mustReachNodes(t, "while it has not started its helper")
+	b.mustBeHeld(t, "while it has not started its helper", b.pods...)
+
+	stanza := map[string]any{
+		"registry": b.registry, "subnets": []string{"198.51.100.0/24", "192.0.2.240/28"},
+		"externalCIDRs": append([]string{"198.51.100.0/24"}, texts(cluster.MachineCIDRs())...),
+	}
+	if err := b.vm.Configure(cluster.NetworkOptions{Example: vmExample + "vm.json", Secrets: b.secrets, Stanza: stanza}); err != nil {
+		t.Fatal(err)
+	}
+	startHelper(t, b.vm)
+	awaitMachine(t, b.vm, b.Nodes...)
+	b.mustReachAll(t, "after it has rebooted")
+	out, err := b.Nodes[0].Wgcnid(t.Context(), "status")
+	if want := "database: 198.51.100.0/24 refused: inside neither clusterCIDRs nor externalCIDRs"; err != nil || !strings.Contains(out, want) || !strings.Contains(out, "192.0.2.240/28") {
+		t.Errorf("%v: want %q, and the subnet that is allowed, in\n%s", err, want, out)
+	}
+
+	if out, err := b.vm.Wgcnid(t.Context(), "leave", "--purge"); err != nil {
+		t.Fatal(err, out)
+	}
+	var diff string
+	err = cluster.Poll(t.Context(), "the tunnel process to end", func() error {
+		if diff = cmp.Diff(before, machineState(t, b.vm)); diff != "" {
+			return fmt.Errorf("the machine is not as before (-before +after):\n%s", diff)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := awaitPeers(t, b.Nodes[0], 1); err != nil {
+		t.Error(err)
+	}
+	b.mustBeHeld(t, "it has left", b.pods...)
+}
+
+func texts(prefixes []netip.Prefix) (out []string) {
+	for _, p := range prefixes {
+		out = append(out, p.String())
+	}
+	return out
+}
