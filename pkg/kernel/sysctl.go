@@ -96,3 +96,12 @@ func (k *Kernel) restoreSrcValidMark(c *nftables.Conn, was string) error {
 	c.DeleteObject(counter(srcValidMarkWas + was))
 	return ignoring(c.Flush(), unix.ENOENT)
 }
+
+// Forwards reports whether this network namespace forwards packets of a family
+// from one interface to another.
+func Forwards(ipv6 bool) bool {
+	if ipv6 {
+		return readSysctl("net/ipv6/conf/all/forwarding") == "1"
+	}
+	return readSysctl("net/ipv4/ip_forward") == "1"
+}

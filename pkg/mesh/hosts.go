@@ -259,17 +259,6 @@ func (p *Plan) routeHost(h *hostPlan, host netip.Prefix, own netip.Addr) {
 	}
 }
 
-// allHosts are the host claims that stand.
-func (o Ownership) allHosts() map[netip.Prefix]bool {
-	all := map[netip.Prefix]bool{}
-	for _, claims := range o.Hosts {
-		for _, c := range claims {
-			all[c.Prefix] = true
-		}
-	}
-	return all
-}
-
 // AnnounceHosts returns the claims to a machine's own addresses that a node
 // publishes. Those that it held before keep their time; new ones begin at now.
 func AnnounceHosts(addresses []netip.Addr, before []Claim, now time.Time) (out []Claim) {

@@ -246,6 +246,9 @@ func ownersText(nodes []mesh.Node, o mesh.Ownership) []string {
 	for _, n := range nodes {
 		if own := o.Prefixes[n.Name]; len(own) > 0 {
 			byName[n.Name] = n.Name + ": " + strings.Trim(fmt.Sprint(own), "[]")
+			if carrier := o.Carrier[n.Name]; carrier != "" {
+				byName[n.Name] += " by " + carrier
+			}
 		}
 	}
 	var out []string

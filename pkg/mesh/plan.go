@@ -48,7 +48,7 @@ func NewPlan(f Facts) Plan {
 	if hasKey(f.Self.PublicKey) {
 		p.addTunnel(f, nodes, owners)
 	}
-	p.Filter.Guarded, p.Filter.Withheld = guarded(f, p.Peers, owners)
+	p.Filter.Guarded, p.Filter.Withheld = guarded(f, owners)
 	slices.SortFunc(p.Conflicts, compareConflicts)
 	p.Sort()
 	return p
@@ -123,7 +123,8 @@ const (
 	// that is silent is noticed.
 	gatewayKeepalive = 3 * time.Second
 	// natKeepalive keeps the mapping of a NAT alive: those of UDP live for 30 s or
-	// more (RFC 4787 asks for 2 minutes, and few do that).
+	// more (RFC 4787 asks for 2 minutes, and few do that). It keeps a session warm
+	// as well.
 	natKeepalive = 25 * time.Second
 )
 
@@ -132,7 +133,8 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 	neighbours := make(map[string]int, len(nodes))
 	p.Peers = make([]Peer, 0, len(nodes))
 	for _, n := range nodes {
-		if topology.Next(f.Self.Name, n.Name) != n.Name && !slices.Contains(n.Via, f.Self.Name) {
+		warm := topology.warm(f.Self.Name, n.Name)
+		if !warm && topology.Next(f.Self.Name, n.Name) != n.Name && !slices.Contains(n.Via, f.Self.Name) {
 			continue
 		}
 		keepalive := f.Keepalive
@@ -140,7 +142,7 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 		case n.Plain(): // it is for the machine to keep its mapping alive
 		case f.Self.Role == RoleGateway && n.Role == RoleGateway && f.Self.Location == n.Location:
 			keepalive = gatewayKeepalive
-		case f.Self.CallsOnly:
+		case f.Self.CallsOnly, warm && f.Self.warms(n):
 			keepalive = cmp.Or(keepalive, natKeepalive)
 		}
 		peer := Peer{
@@ -155,6 +157,15 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 		p.Peers = append(p.Peers, peer)
 	}
 	return neighbours
+}
+
+// warms reports whether it is for this machine, not for the other, to keep the
+// session between the two warm.
+func (n Node) warms(other Node) bool {
+	if n.Role != other.Role {
+		return other.Role == RoleGateway
+	}
+	return n.Name < other.Name
 }
 
 // addMasqueraded lets a machine in that only this node knows: the others see its
@@ -243,14 +254,14 @@ func rules(s Settings) []Rule {
 }
 
 // guarded is what pods may only reach through the tunnel, and withheld what this
-// machine itself may.
-func guarded(f Facts, peers []Peer, owners Ownership) (guarded, withheld []netip.Prefix) {
+// machine itself may. What has joined is guarded on machines as well that may not
+// talk to it. Hosts are held one by one, see NodeFilter.
+func guarded(f Facts, owners Ownership) (guarded, withheld []netip.Prefix) {
 	var joined []netip.Prefix
-	for _, p := range peers {
-		joined = append(joined, p.AllowedIPs...)
-	}
-	if hosts := owners.allHosts(); len(hosts) > 0 { // they are held one by one, see NodeFilter
-		joined = slices.DeleteFunc(joined, func(p netip.Prefix) bool { return hosts[p] })
+	for name, prefixes := range owners.Prefixes {
+		if name != f.Self.Name && hasKey(f.Self.PublicKey) {
+			joined = append(joined, prefixes...)
+		}
 	}
 	if f.Encryption != Required {
 		joined = Merge(joined)

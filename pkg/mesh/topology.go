@@ -165,6 +165,22 @@ func (t Topology) Peers(name string) (out []string) {
 	return out
 }
 
+// warm reports whether two machines keep a session although nothing may go by it
+// now: a gateway that takes over does not have to shake hands first, where both
+// ends would do so at the same moment, collide, and wait for REKEY_TIMEOUT, 5 s.
+func (t Topology) warm(name, other string) bool {
+	a, known := t.index[name]
+	b, there := t.index[other]
+	if !known || !there {
+		return false
+	}
+	p, q := t.places[a], t.places[b]
+	both := p.role == RoleGateway && q.role == RoleGateway
+	either := p.role == RoleGateway || q.role == RoleGateway
+	return (both || either && p.location == q.location) && !p.plain && !q.plain &&
+		t.canCall(a, b) && t.shareSegment([]int{a, b})
+}
+
 // way is a path by index. The longest one is from a plain machine by its node,
 // its gateway, a relay, and down again; one made of two such halves may count
 // the machine where they meet twice.
@@ -234,8 +250,8 @@ func (t *Topology) neighbours(a, b int) bool {
 		return false
 	}
 	gateway, there := t.gateways[p.location]
-	only := func(spoke, other int) bool { return !there || other != gateway || spoke == gateway }
-	return !(p.role == RoleSpoke && only(a, b) || q.role == RoleSpoke && only(b, a))
+	content := func(node place, other int) bool { return node.role != RoleSpoke || there && other == gateway }
+	return content(p, b) && content(q, a)
 }
 
 // up is by whom a node talks to those who are not its neighbours.

@@ -106,6 +106,7 @@ type Loop struct {
 	unpublishedSince time.Time
 	secretsError     string // why the secrets could not be read again
 	fragments        string // why full-size packets leave in fragments
+	forwarding       string // why packets of others are lost here
 	unfit            string // the pods' links that could not be given the tunnel's MTU
 
 	unreached      unreached
@@ -349,6 +350,7 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	l.describeSelf(now)
 	l.known.MTU = FindMTU(l.config, l.underlay, l.known.Self, l.known.Records)
 	l.warnOfFragments()
+	l.warnOfForwarding()
 	// Others hear of our pods while we work: the verbs have applied here what
 	// concerns the pods themselves.
 	l.announce(now)

@@ -134,11 +134,11 @@ func (r Record) Equal(o Record) bool {
 		mesh.ClaimTime(r.Since).Equal(mesh.ClaimTime(o.Since)) &&
 		slices.Equal(r.Endpoints, o.Endpoints) && slices.Equal(r.Addresses, o.Addresses) &&
 		slices.EqualFunc(r.Prefixes, o.Prefixes, sameClaim) && slices.EqualFunc(r.Pods, o.Pods, sameClaim) &&
-		slices.EqualFunc(r.Hosts, o.Hosts, sameClaim) && r.Place.equal(o.Place) &&
+		slices.EqualFunc(r.Hosts, o.Hosts, sameClaim) && r.samePlace(o.Place) &&
 		maps.EqualFunc(r.Extra, o.Extra, func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) && r.Seal == o.Seal
 }
 
-func (p Place) equal(o Place) bool {
+func (p Place) samePlace(o Place) bool {
 	return p.Location == o.Location && p.Role == o.Role && p.Masqueraded == o.Masqueraded &&
 		slices.Equal(p.Segments, o.Segments) && slices.Equal(p.Via, o.Via) &&
 		slices.EqualFunc(p.Silent, o.Silent, func(a, b mesh.Silence) bool {

@@ -62,13 +62,13 @@ func (r Record) validFields() error {
 	if err := validClaims("hosts", r.Hosts); err != nil {
 		return err
 	}
-	if err := r.Place.validate(); err != nil {
+	if err := r.validPlace(); err != nil {
 		return err
 	}
 	return validClaims("pods", r.Pods)
 }
 
-func (p Place) validate() error {
+func (p Place) validPlace() error {
 	const alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
 	if p.Location != "" && (len(p.Location) > 63 || !validLabel(p.Location, alphabet)) {
 		return fmt.Errorf("location: %s: want lower case letters, digits and '-'", quote(p.Location))

@@ -71,12 +71,14 @@ type Status struct {
 	Helper     bool            `json:"helperRunning"`
 	Registry   string          `json:"registry"`
 	Seal       *SealStatus     `json:"seal"` // null: whoever can write to the registry is trusted
-	Pods       int             `json:"pods"`
-	Prefixes   []netip.Prefix  `json:"prefixes,omitempty"` // this node's own
-	Peers      []PeerStatus    `json:"peers"`
-	Dropped    kernel.Drops    `json:"plaintextDropped"`
-	Pending    []string        `json:"pending,omitempty"` // ops that the kernel still lacks
-	Nodes      *NodeTraffic    `json:"nodeTraffic"`       // null: it is not encrypted
+	// Forwarding says why packets are lost that this machine should carry for others; "" if they are not.
+	Forwarding string         `json:"forwarding,omitempty"`
+	Pods       int            `json:"pods"`
+	Prefixes   []netip.Prefix `json:"prefixes,omitempty"` // this node's own
+	Peers      []PeerStatus   `json:"peers"`
+	Dropped    kernel.Drops   `json:"plaintextDropped"`
+	Pending    []string       `json:"pending,omitempty"` // ops that the kernel still lacks
+	Nodes      *NodeTraffic   `json:"nodeTraffic"`       // null: it is not encrypted
 	// Report is the helper's last word, and so may be old.
 	Report *reconcile.Report `json:"report,omitempty"`
 }
@@ -152,6 +154,7 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
 		Peers: peerStatuses(outcome, now),
 	}
+	s.Forwarding = reconcile.ForwardingNote(c, known, kernel.Forwards)
 	s.Nodes = nodeTraffic(c, outcome, s.Peers, now)
 	if l := outcome.Observed.Link; l.Name != "" {
 		s.Interface = &LinkStatus{Name: l.Name, MTU: l.MTU, Up: l.Up, ListenPort: l.ListenPort}
@@ -281,6 +284,9 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	fmt.Fprintf(&b, "seal       %s\n", sealNote(s))
 	if s.Nodes != nil {
 		fmt.Fprintf(&b, "nodes      %s\n", s.Nodes.note(s.Peers))
+	}
+	if s.Forwarding != "" {
+		fmt.Fprintf(&b, "forwarding %s\n", s.Forwarding)
 	}
 	fmt.Fprintf(&b, "dropped    %d plaintext packets on their way out, %d on their way in\n\n", s.Dropped.Out.Packets, s.Dropped.In.Packets)
 

@@ -20,17 +20,21 @@ const vmExample = "examples/vm-and-database/"
 // is not in the mesh yet. All reverse path filters are strict.
 type vmBed struct {
 	*mesh
-	vm       *cluster.Node
-	secrets  []string
-	registry map[string]any
+	vm      *cluster.Node
+	secrets []string
+	stanza  map[string]any
 }
 
-// newVMBed runs the nodes from the example's own file, with the registry that is given.
-func newVMBed(t *testing.T, c *cluster.Cluster, registry map[string]any) *vmBed {
+// newVMBed runs the nodes from the example's own file, with what differs here.
+func newVMBed(t *testing.T, c *cluster.Cluster, stanza map[string]any) *vmBed {
 	t.Helper()
-	b := &vmBed{secrets: []string{newSecret(t)}, registry: registry}
-	b.mesh = join(t, c, cluster.NetworkOptions{Example: vmExample + "node.conflist", Secrets: b.secrets, Stanza: map[string]any{"registry": registry}})
-	b.vm = addMachine(t, c, "database")
+	b := &vmBed{secrets: []string{newSecret(t)}, stanza: stanza}
+	b.mesh = join(t, c, cluster.NetworkOptions{Example: vmExample + "node.conflist", Secrets: b.secrets, Stanza: stanza})
+	vm, err := c.AddMachine(t.Context(), "database")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.vm = vm
 	for _, p := range b.pods {
 		serve(t, p)
 	}
@@ -43,23 +47,13 @@ func newVMBed(t *testing.T, c *cluster.Cluster, registry map[string]any) *vmBed 
 // join starts the machine's helper from the example's own file.
 func (b *vmBed) join(t *testing.T) *cluster.Process {
 	t.Helper()
-	err := b.vm.Configure(cluster.NetworkOptions{Example: vmExample + "vm.json", Secrets: b.secrets, Stanza: map[string]any{"registry": b.registry}})
+	err := b.vm.Configure(cluster.NetworkOptions{Example: vmExample + "vm.json", Secrets: b.secrets, Stanza: b.stanza})
 	if err != nil {
 		t.Fatal(err)
 	}
 	b.helpers = append(b.helpers, startHelper(t, b.vm))
 	awaitMachine(t, b.vm, b.Nodes...)
 	return b.helpers[2]
-}
-
-func addMachine(t *testing.T, c *cluster.Cluster, name string) *cluster.Node {
-	t.Helper()
-	n, err := c.AddMachine(t.Context(), name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	strict(t, n)
-	return n
 }
 
 // routePods gives a machine ordinary routes to the pods: whatever is not held
@@ -152,7 +146,8 @@ func (b *vmBed) mustBeHeld(t *testing.T, when string, pods ...*cluster.Pod) {
 func TestVM(t *testing.T) {
 	c := strictNodes(t)
 	etcd := startEtcd(t, c, cluster.EtcdOptions{Node: c.Nodes[0]})
-	b := newVMBed(t, c, etcd.Registry(nil))
+	b := newVMBed(t, c, map[string]any{"registry": etcd.Registry(nil)})
+	strict(t, b.vm)
 	a := b.Nodes[0]
 	// It is no member yet.
 	before := droppedOut(t, a)
@@ -199,8 +194,9 @@ func TestVM(t *testing.T) {
 // tunnel; what it claims outside of the nodes' ranges is refused and told; and when
 // it leaves, it is as it was.
 func TestVMReboot(t *testing.T) {
-	c := strictNodes(t)
-	b := newVMBed(t, c, map[string]any{"type": "file", "path": c.RegistryFile()})
+	c := cluster.NewT(t, 2)
+	registry := map[string]any{"type": "file", "path": c.RegistryFile()}
+	b := newVMBed(t, c, map[string]any{"registry": registry})
 	before := machineState(t, b.vm)
 	helper := b.join(t)
 	b.mustReachAll(t, "after it has joined")
@@ -208,13 +204,12 @@ func TestVMReboot(t *testing.T) {
 	if err := b.vm.Reboot(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	strict(t, b.vm)
 	serveNode(t, b.vm)
 	b.mustReachNodes(t, "while it has not started its helper")
 	b.mustBeHeld(t, "while it has not started its helper", b.pods...)
 
 	stanza := map[string]any{
-		"registry": b.registry, "subnets": []string{"198.51.100.0/24", "192.0.2.240/28"},
+		"registry": registry, "subnets": []string{"198.51.100.0/24", "192.0.2.240/28"},
 		"externalCIDRs": append([]string{"198.51.100.0/24"}, texts(cluster.MachineCIDRs())...),
 	}
 	if err := b.vm.Configure(cluster.NetworkOptions{Example: vmExample + "vm.json", Secrets: b.secrets, Stanza: stanza}); err != nil {
@@ -245,6 +240,45 @@ func TestVMReboot(t *testing.T) {
 		t.Error(err)
 	}
 	b.mustBeHeld(t, "it has left", b.pods...)
+}
+
+// The nodes' own network is inside externalCIDRs, gateway and all: nobody is cut
+// off from what has not joined, nor from the nodes, and the pods reach the machine
+// by the tunnel all the same.
+func TestVMInTheNodesNetwork(t *testing.T) {
+	c := strictNodes(t)
+	b := newVMBed(t, c, map[string]any{
+		"registry":      map[string]any{"type": "file", "path": c.RegistryFile()},
+		"externalCIDRs": []string{"192.0.2.0/24", "2001:db8:1::/64"},
+	})
+	strict(t, b.vm)
+	b.join(t)
+	b.mustReachAll(t, "in the nodes' network")
+	b.mustReachNodes(t, "in the nodes' network")
+	gateways := []netip.Addr{cluster.Gateway4, cluster.Gateway6}
+	for _, n := range []*cluster.Node{b.vm, b.Nodes[0]} {
+		for _, gateway := range gateways {
+			if _, err := cluster.Ping(t.Context(), n, gateway, nil); err != nil {
+				t.Errorf("%s does not reach its gateway: %v", n, err)
+			}
+		}
+	}
+	for _, pair := range [][2]cluster.Endpointer{{b.Nodes[0], b.Nodes[1]}, {b.Nodes[1], b.Nodes[0]}} {
+		if err := reach(t.Context(), pair[0], pair[1], []byte("node to node")); err != nil {
+			t.Error(err)
+		}
+	}
+	// A node's services, such as the API server's, are for pods too.
+	for i, dst := range addressesOf(b.Nodes[1]) {
+		if _, err := cluster.TCP(t.Context(), b.pods[0], netip.AddrPortFrom(dst, echoPort), []byte("service of the node")); err != nil {
+			t.Errorf("family %d: %v", i, err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := cluster.Ping(ctx, b.pods[0], gateways[0], nil); err == nil {
+		t.Error("a pod reaches in the clear what is inside externalCIDRs and no member")
+	}
 }
 
 func texts(prefixes []netip.Prefix) (out []string) {
