@@ -88,7 +88,8 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 }
 
 // sources are the addresses that this machine's own packets into the tunnel have,
-// by being IPv6: the tunnel's, else the machine's own if others reach it by that.
+// by being IPv6: the machine's own if everybody reaches it by that, else the
+// tunnel's, else the one by which some do.
 func (p *Plan) sources(f Facts, hosts *hostPlan) map[bool]netip.Addr {
 	source := map[bool]netip.Addr{}
 	if hosts != nil {
@@ -99,6 +100,13 @@ func (p *Plan) sources(f Facts, hosts *hostPlan) map[bool]netip.Addr {
 	for _, a := range self.TunnelAddresses() { // of a prefix that peers can allow
 		p.Addresses = append(p.Addresses, hostPrefix(a))
 		source[a.Is6()] = a
+	}
+	if hosts != nil {
+		for v6, a := range hosts.own {
+			if anyContains(f.ExternalCIDRs, a) {
+				source[v6] = a
+			}
+		}
 	}
 	return source
 }
