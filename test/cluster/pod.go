@@ -48,11 +48,14 @@ type Result struct {
 		MTU     int    `json:"mtu"`
 		Sandbox string `json:"sandbox"`
 	} `json:"interfaces"`
-	IPs []struct {
-		Address   netip.Prefix `json:"address"`
-		Gateway   netip.Addr   `json:"gateway"`
-		Interface *int         `json:"interface"`
-	} `json:"ips"`
+	IPs []ResultIP `json:"ips"`
+}
+
+// ResultIP is one address of a CNI result.
+type ResultIP struct {
+	Address   netip.Prefix `json:"address"`
+	Gateway   netip.Addr   `json:"gateway"`
+	Interface *int         `json:"interface"`
 }
 
 // ContainerID returns the container ID that cnitool derives from the path of a
