@@ -1,9 +1,9 @@
 // bench measures what wgcni costs: its verbs beside those of the reference
 // plugins, its verbs as a node fills, how soon another node knows of a pod, what
-// a large mesh takes to hold and to join, and the throughput between pods. All
-// that is compared runs in turns, since only ratios within one run mean anything.
+// a large mesh takes to hold and to join, and the throughput between pods, and
+// between a pod and a virtual machine. All that is compared runs in turns, since only ratios within one run mean anything.
 //
-//	go run ./test/bench [--short] [--sections verbs,scale,announce,mesh,join,throughput] [--markdown]
+//	go run ./test/bench [--short] [--sections verbs,scale,announce,mesh,join,throughput,vm] [--markdown]
 package main
 
 import (
@@ -36,6 +36,7 @@ var benches = []struct {
 	{"mesh", benchMesh},
 	{"join", benchJoin},
 	{"throughput", benchThroughput},
+	{"vm", benchVM},
 }
 
 func main() {

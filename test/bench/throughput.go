@@ -111,7 +111,11 @@ func (w *wire) received(ctx context.Context) (int64, error) {
 	if w.tunnel == "" {
 		return 0, nil
 	}
-	out, err := w.server.Node.Run(ctx, "wg", "show", w.tunnel, "transfer")
+	return tunnelReceived(ctx, w.server.Node, w.tunnel)
+}
+
+func tunnelReceived(ctx context.Context, at *cluster.Node, tunnel string) (int64, error) {
+	out, err := at.Run(ctx, "wg", "show", tunnel, "transfer")
 	if err != nil {
 		return 0, err
 	}
@@ -119,11 +123,11 @@ func (w *wire) received(ctx context.Context) (int64, error) {
 	for line := range strings.Lines(out) { // key, received, sent
 		fields := strings.Fields(line)
 		if len(fields) != 3 {
-			return 0, fmt.Errorf("read the transfer counters of %s: %q is not one", w.tunnel, line)
+			return 0, fmt.Errorf("read the transfer counters of %s: %q is not one", tunnel, line)
 		}
 		n, err := strconv.ParseInt(fields[1], 10, 64)
 		if err != nil {
-			return 0, fmt.Errorf("read the transfer counters of %s: %w", w.tunnel, err)
+			return 0, fmt.Errorf("read the transfer counters of %s: %w", tunnel, err)
 		}
 		sum += n
 	}
@@ -172,9 +176,11 @@ func routes(ctx context.Context, from, to *cluster.Node, way func(netip.Prefix) 
 }
 
 // join sets up wgcni as it is meant to be.
-func (w *wire) join(ctx context.Context) error {
+func (w *wire) join(ctx context.Context) error { return w.joinWith(ctx, nil) }
+
+func (w *wire) joinWith(ctx context.Context, stanza map[string]any) error {
 	w.tunnel = "wgcni0"
-	if _, err := w.cluster.JoinAll(ctx, cluster.NetworkOptions{Primary: map[string]any{"ipMasq": false}}); err != nil {
+	if _, err := w.cluster.JoinAll(ctx, cluster.NetworkOptions{Primary: map[string]any{"ipMasq": false}, Stanza: stanza}); err != nil {
 		return err
 	}
 	return w.addPods(ctx)
