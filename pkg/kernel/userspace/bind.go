@@ -7,8 +7,32 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 )
 
-// bind sends again, in another way, what the library's bind could not.
-type bind struct{ conn.Bind }
+// bind sends again, in another way, what the library's bind could not, and settles
+// handshakes that cross.
+type bind struct {
+	conn.Bind
+	crossing *crossing
+}
+
+func newBind(b conn.Bind) bind { return bind{b, newCrossing()} }
+
+// Open is called again after Close.
+func (b bind) Open(port uint16) (fns []conn.ReceiveFunc, actual uint16, err error) {
+	fns, actual, err = b.Bind.Open(port)
+	if err != nil {
+		return nil, 0, err
+	}
+	for i := range fns {
+		fns[i] = b.crossing.watch(fns[i])
+	}
+	return append(fns, b.crossing.open()), actual, nil
+}
+
+// Close ends what Open has returned.
+func (b bind) Close() error {
+	b.crossing.close()
+	return b.Bind.Close()
+}
 
 // Send sends what does not fit into the underlay's packets in fragments, as the
 // kernel's WireGuard does: Linux refuses datagrams that are handed over together
@@ -19,6 +43,7 @@ type bind struct{ conn.Bind }
 // The library looks after routes that change, but not for a bind that is not its
 // own; what moves without an error is found by the next handshake that fails.
 func (b bind) Send(bufs [][]byte, to conn.Endpoint) error {
+	b.crossing.sent(bufs, to)
 	err := b.Bind.Send(bufs, to)
 	if err == nil {
 		return nil

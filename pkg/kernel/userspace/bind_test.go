@@ -64,7 +64,7 @@ func TestSendAgain(t *testing.T) {
 		"the underlay is away":         {bind: fakeBind{away: true}, err: unix.ENETUNREACH},
 		"both away and from elsewhere": {bind: fakeBind{away: true}, to: fakeEndpoint{gone: true}, err: unix.ENETUNREACH},
 	} {
-		err := bind{&tt.bind}.Send(bufs, tt.to)
+		err := newBind(&tt.bind).Send(bufs, tt.to)
 		if diff := cmp.Diff(tt.want, tt.bind.sent); diff != "" || !errors.Is(err, tt.err) {
 			t.Errorf("%s: error %v, want %v; sent (-want +got):\n%s", name, err, tt.err, diff)
 		}

@@ -117,7 +117,7 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 		dev.Close() //nolint:errcheck // on the way out
 		return fmt.Errorf("open the control socket of %s: %w", name, err)
 	}
-	wg := device.NewDevice(dev, bind{conn.NewDefaultBind()}, &device.Logger{
+	wg := device.NewDevice(dev, newBind(conn.NewDefaultBind()), &device.Logger{
 		Verbosef: device.DiscardLogf,
 		Errorf:   logs.Printf,
 	})
