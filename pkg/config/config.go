@@ -68,6 +68,9 @@ type Config struct {
 	RunDir   string
 	StateDir string
 
+	// Bare says that the stanza stands in a file of its own and names no podCIDRs: the
+	// machine has no CNI, and no pods.
+	Bare bool
 	// Source is the file that the stanza was read from, if it was.
 	Source []byte
 }

@@ -93,6 +93,7 @@ func parseFile(data []byte) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
+	c.Bare = list.Plugins == nil && len(c.PodCIDRs) == 0
 	if list.Plugins != nil {
 		c.Name, c.CNIVersion = list.Name, list.CNIVersion
 	}
@@ -135,7 +136,7 @@ func find(dir string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("%w in %s: add it to the list that the runtime uses, or give --config", ErrNotChained, dir)
+	return "", fmt.Errorf("%w in %s: add it to the list that the runtime uses; on a machine with no CNI give the file with --config", ErrNotChained, dir)
 }
 
 // FindPodCIDRs looks up the ranges of this node for a network whose stanza does

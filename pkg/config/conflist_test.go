@@ -78,7 +78,7 @@ func TestLoadFile(t *testing.T) {
 		"bare.json": ours, "list.conflist": list("pods", bridge, ours), "plain.conflist": list("pods", bridge),
 		"wrong.conflist": list("pods", bridge, `{"type": "wgcni", "mtu": 5, `+minimal+`}`), "broken": `{`,
 	})
-	if c, err := Load(filepath.Join(dir, "bare.json"), ""); err != nil || c.Name != "" || c.NodeName != "node-a" || c.PodCIDRs != nil {
+	if c, err := Load(filepath.Join(dir, "bare.json"), ""); err != nil || c.Name != "" || c.NodeName != "node-a" || c.PodCIDRs != nil || !c.Bare {
 		t.Errorf("a bare stanza: %v, %v", c, err)
 	}
 	if c, err := Load(filepath.Join(dir, "list.conflist"), "/nonexistent"); err != nil || c.Name != "pods" || len(c.PodCIDRs) != 1 {

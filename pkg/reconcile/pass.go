@@ -36,6 +36,7 @@ func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.
 	f.MTU = mtuOf(c, known)
 	f.Self = node(known.Self, known.Endpoints)
 	f.Self.Name, f.Self.PublicKey, f.Self.Endpoint = c.NodeName, key, ownEndpoint(known.Self)
+	f.Self.CallsOnly = c.CallsOnly // a record that is not published yet has no endpoints either
 	f.Self.Hosts = publishedHosts(c, known)
 	// The secret that the others see our record sealed with, not the one that the
 	// next record will have: both ends of a tunnel choose its key by the same two.

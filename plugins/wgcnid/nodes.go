@@ -64,6 +64,7 @@ type NodeStatus struct {
 	PublicKey string            `json:"publicKey,omitempty"` // of a forgotten node the revoked one
 	Endpoints []string          `json:"endpoints,omitempty"`
 	Prefixes  []netip.Prefix    `json:"prefixes,omitempty"` // of its pods, those outside of its own range among them
+	Hosts     []netip.Prefix    `json:"hosts,omitempty"`    // its own addresses inside externalCIDRs, reached through the tunnel
 	SealedBy  identity.SecretID `json:"sealedBy,omitempty"`
 	Since     time.Time         `json:"since,omitzero"` // when it joined
 	Revision  uint64            `json:"revision"`
@@ -97,7 +98,7 @@ func listNodes(c config.Config, v meshView) NodeList {
 		}
 	}
 	for _, r := range records {
-		l.Nodes = append(l.Nodes, nodeStatus(r, c.NodeName, revoked))
+		l.Nodes = append(l.Nodes, nodeStatus(r, c, revoked))
 	}
 	for name, err := range v.records.Invalid {
 		l.Refused = append(l.Refused, RefusedRecord{name, err.Error()})
@@ -111,7 +112,7 @@ func listNodes(c config.Config, v meshView) NodeList {
 	return l
 }
 
-func nodeStatus(r registry.Record, self string, revoked map[wgtypes.Key]bool) NodeStatus {
+func nodeStatus(r registry.Record, c config.Config, revoked map[wgtypes.Key]bool) NodeStatus {
 	n := NodeStatus{
 		Name: r.Name, State: nodeMember, Endpoints: r.Endpoints,
 		SealedBy: r.Seal.Secret, Since: r.Since, Revision: r.Revision,
@@ -119,6 +120,11 @@ func nodeStatus(r registry.Record, self string, revoked map[wgtypes.Key]bool) No
 	for _, claims := range [][]mesh.Claim{r.Prefixes, r.Pods} {
 		for _, claim := range claims {
 			n.Prefixes = append(n.Prefixes, claim.Prefix)
+		}
+	}
+	for _, claim := range r.Hosts {
+		if slices.ContainsFunc(c.ExternalCIDRs, func(p netip.Prefix) bool { return p.Contains(claim.Prefix.Addr()) }) {
+			n.Hosts = append(n.Hosts, claim.Prefix)
 		}
 	}
 	_, forgotten := r.Revoked()
@@ -129,7 +135,7 @@ func nodeStatus(r registry.Record, self string, revoked map[wgtypes.Key]bool) No
 		n.State = nodeLeft
 	case revoked[r.PublicKey]:
 		n.State = nodeRevoked
-	case r.Name == self:
+	case r.Name == c.NodeName:
 		n.State = nodeSelf
 	}
 	if r.PublicKey != (wgtypes.Key{}) {
@@ -156,7 +162,7 @@ func printNodes(w io.Writer, l NodeList, asJSON bool) error {
 			if !n.Since.IsZero() {
 				joined = n.Since.Local().Format(time.DateTime)
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", n.Name, n.State, few(n.Endpoints, "-"), few(texts(n.Prefixes), "-"),
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", n.Name, n.State, few(n.Endpoints, "-"), few(texts(slices.Concat(n.Prefixes, n.Hosts)), "-"),
 				cmp.Or(string(n.SealedBy), "-"), joined)
 		}
 		if err := t.Flush(); err != nil {

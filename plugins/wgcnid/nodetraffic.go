@@ -13,6 +13,9 @@ import (
 // NodeTraffic is how the machines' own traffic fares, with encryptNodes.
 type NodeTraffic struct {
 	DirectPorts []uint16 `json:"directPorts,omitempty"` // TCP, outside of the tunnel
+	// All says that this machine encrypts its traffic with all that do so too; else
+	// it is with those inside externalCIDRs.
+	All bool `json:"all"`
 	// Unreached are the nodes to which nothing but the direct ports gets through.
 	Unreached []reconcile.Unreached `json:"unreached,omitempty"`
 }
@@ -29,7 +32,7 @@ func nodeTraffic(c config.Config, o reconcile.Outcome, peers []PeerStatus, now t
 	if !c.ReachesHosts() {
 		return nil
 	}
-	n := &NodeTraffic{DirectPorts: c.DirectPorts, Unreached: reconcile.NodesUnreached(o, now)}
+	n := &NodeTraffic{DirectPorts: c.DirectPorts, All: c.EncryptNodes, Unreached: reconcile.NodesUnreached(o, now)}
 	routed := map[string]bool{}
 	for _, p := range o.Plan.Peers {
 		routed[p.Name] = len(reconcile.RoutedHosts(o.Plan.State, p)) > 0
@@ -61,7 +64,12 @@ func (n *NodeTraffic) note(peers []PeerStatus) string {
 		}
 	}
 	text := fmt.Sprintf("traffic with %d of %d machines is encrypted", encrypted, len(peers))
-	if len(clear) > 0 {
+	switch {
+	case !n.All && encrypted == 0:
+		text = "traffic between the machines themselves is in the clear"
+	case !n.All:
+		text += ", by externalCIDRs"
+	case len(clear) > 0:
 		text += "; in the clear with " + few(clear, "") + ", which have no encryptNodes"
 	}
 	var ports []string

@@ -75,6 +75,7 @@ type Status struct {
 	Forwarding string         `json:"forwarding,omitempty"`
 	Pods       int            `json:"pods"`
 	Prefixes   []netip.Prefix `json:"prefixes,omitempty"` // this node's own
+	Machine    *MachineStatus `json:"machine,omitempty"`  // null: it is a node of a cluster
 	Peers      []PeerStatus   `json:"peers"`
 	Dropped    kernel.Drops   `json:"plaintextDropped"`
 	Pending    []string       `json:"pending,omitempty"` // ops that the kernel still lacks
@@ -156,6 +157,7 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	}
 	s.Forwarding = reconcile.ForwardingNote(c, known, kernel.Forwards)
 	s.Nodes = nodeTraffic(c, outcome, s.Peers, now)
+	s.Machine = machineStatus(c, outcome, known)
 	if l := outcome.Observed.Link; l.Name != "" {
 		s.Interface = &LinkStatus{Name: l.Name, MTU: l.MTU, Up: l.Up, ListenPort: l.ListenPort}
 		if u, err := reconcile.Underlay(k, c); err == nil { // else nothing is known of it
@@ -241,19 +243,25 @@ func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
 	if len(s.Peers) == 1 {
 		others = "the other node"
 	}
+	traffic, to := "Pod traffic", "Pod traffic to"
+	if c.Bare {
+		traffic, to = "Traffic with pods", "Traffic with the pods of"
+	}
 	switch {
 	case forgotten && c.Encryption == mesh.Preferred:
-		return false, "Pod traffic is NOT encrypted: the mesh has forgotten this node and revoked its key. " + rejoin
+		return false, traffic + " is NOT encrypted: the mesh has forgotten this node and revoked its key. " + rejoin
 	case forgotten:
-		return false, "Pod traffic to other nodes is dropped: the mesh has forgotten this node and revoked its key. " + rejoin
+		return false, to + " other nodes is dropped: the mesh has forgotten this node and revoked its key. " + rejoin
+	case s.PublicKey == "" && c.Bare:
+		return false, "This machine has not joined yet, and holds nothing back. Start wgcnid."
 	case s.PublicKey == "" && c.Encryption == mesh.Preferred:
-		return false, "Pod traffic is NOT encrypted: this node has not joined yet. Start wgcnid."
+		return false, traffic + " is NOT encrypted: this node has not joined yet. Start wgcnid."
 	case s.PublicKey == "":
-		return false, "Pod traffic to other nodes is dropped: this node has not joined yet. Start wgcnid."
+		return false, to + " other nodes is dropped: this node has not joined yet. Start wgcnid."
 	case s.Interface == nil && c.Encryption == mesh.Required:
-		return false, fmt.Sprintf("Pod traffic to other nodes is dropped: interface %s is missing. Is wgcnid running?", c.Interface)
+		return false, fmt.Sprintf("%s other nodes is dropped: interface %s is missing. Is wgcnid running?", to, c.Interface)
 	case s.Interface == nil:
-		return false, fmt.Sprintf("Pod traffic is NOT encrypted: interface %s is missing. Is wgcnid running?", c.Interface)
+		return false, fmt.Sprintf("%s is NOT encrypted: interface %s is missing. Is wgcnid running?", traffic, c.Interface)
 	case len(s.Pending) > 0:
 		return false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs."
 	case len(s.Peers) == 0 && c.Encryption == mesh.Required:
@@ -261,9 +269,9 @@ func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
 	case len(s.Peers) == 0:
 		return true, "No other node has joined yet; pod traffic to other nodes flows in the clear (encryption is \"preferred\")."
 	case c.Encryption == mesh.Preferred:
-		return true, fmt.Sprintf("Pod traffic to %s of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").", others)
+		return true, fmt.Sprintf("%s %s of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").", to, others)
 	}
-	return true, fmt.Sprintf("Pod traffic to %s is encrypted; nothing leaves in the clear.", others)
+	return true, fmt.Sprintf("%s %s is encrypted; nothing leaves in the clear.", to, others)
 }
 
 func printStatus(w io.Writer, s Status, asJSON bool) error {
@@ -272,7 +280,7 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	}
 	var b strings.Builder
 	fmt.Fprintln(&b, s.Verdict)
-	fmt.Fprintf(&b, "\nnode       %s, %d pods, prefixes %s\n", s.Node, s.Pods, list(s.Prefixes))
+	fmt.Fprintf(&b, "\n%s\n", s.head())
 	if s.Interface != nil {
 		fmt.Fprintf(&b, "interface  %s, UDP port %d, MTU %d, public key %s\n", s.Interface.Name, s.Interface.ListenPort, s.Interface.MTU, s.PublicKey)
 		if s.Interface.Fragments != "" {
@@ -283,7 +291,7 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	fmt.Fprintf(&b, "registry   %s%s\n", s.Registry, registryNote(s))
 	fmt.Fprintf(&b, "seal       %s\n", sealNote(s))
 	if s.Nodes != nil {
-		fmt.Fprintf(&b, "nodes      %s\n", s.Nodes.note(s.Peers))
+		fmt.Fprintf(&b, "nodes      %s%s\n", map[bool]string{true: "besides their pods: "}[s.Machine != nil], s.Nodes.note(s.Peers))
 	}
 	if s.Forwarding != "" {
 		fmt.Fprintf(&b, "forwarding %s\n", s.Forwarding)

@@ -179,6 +179,17 @@ func TestVM(t *testing.T) {
 	b.join(t)
 	b.mustReachAll(t, "after it has joined")
 	b.mustReachNodes(t, "after it has joined")
+	for command, wants := range map[string][]string{
+		"status": {"Traffic with the pods of all 2 other nodes is encrypted", "database, reached at 192.0.2.200 2001:db8:1::200, subnets behind it none\n"},
+		"nodes":  {"192.0.2.200/32 2001:db8:1::200/128"},
+	} {
+		out := run(t, b.vm, bin("wgcnid"), command) // it finds what it ran with
+		for _, want := range wants {
+			if !strings.Contains(out, want) {
+				t.Errorf("wgcnid %s does not say %q:\n%s", command, want, out)
+			}
+		}
+	}
 
 	stopHelper(t, b.helpers[2])
 	loseTunnel(t, b.vm)
