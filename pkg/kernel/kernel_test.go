@@ -51,7 +51,9 @@ func self() mesh.Node {
 }
 
 func plan(f mesh.Facts) mesh.State {
+	external := f.ExternalCIDRs
 	f.Settings, f.Self = settings(), self()
+	f.ExternalCIDRs = external
 	return mesh.NewPlan(f).State
 }
 
@@ -70,6 +72,14 @@ func randomFacts(r *rand.Rand) mesh.Facts {
 			last.Pods = []mesh.Claim{{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, 99, byte(r.IntN(4))}), 32)}}
 			last.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 244, 250, byte(n)})}
 		}
+	}
+	if r.IntN(2) == 0 { // a machine, and what is behind it
+		f.ExternalCIDRs = []netip.Prefix{netip.MustParsePrefix("198.18.0.0/16"), netip.MustParsePrefix("2001:db8:77::/48")}
+		vm := node(50, fmt.Sprintf("198.18.%d.0/24", r.IntN(3)))
+		for _, host := range []string{"198.18.200.1/32", "2001:db8:77::1/128"}[:r.IntN(3)] {
+			vm.Hosts = append(vm.Hosts, mesh.Claim{Prefix: netip.MustParsePrefix(host)})
+		}
+		f.Nodes = append(f.Nodes, vm)
 	}
 	for range r.IntN(4) {
 		f.LocalPods = append(f.LocalPods,
@@ -103,7 +113,7 @@ nft 'table inet other { set s { type ipv4_addr; flags interval; elements = { 10.
 		t.Fatal(err)
 	}
 	sh(t, "wg set wg-other private-key "+file+" listen-port 51999 peer "+peerKey(1).String()+" allowed-ips 10.244.5.0/24,10.9.0.0/16")
-	sh(t, "ip link set wg-other up && ip addr add 10.9.0.1/24 dev wg-other")
+	sh(t, "ip link set wg-other addrgenmode none && ip link set wg-other up && ip addr add 10.9.0.1/24 dev wg-other")
 	t.Cleanup(func() {
 		sh(t, `ip link del wg-other; ip link del up0; ip rule del priority 110; ip -6 rule del priority 100
 ip route del unreachable 198.51.100.0/24 table 99; nft delete table ip wgcni; nft delete table inet other`)

@@ -324,6 +324,28 @@ sysctl src_valid_mark=1
 	}
 }
 
+// Another location's machine is reached by the gateway, at its own address too
+// where that is inside externalCIDRs.
+func TestExternalHostsByGateway(t *testing.T) {
+	on := settings("10.244.0.0/16")
+	on.ExternalCIDRs, on.EncryptNodes = prefixes("192.0.2.192/26"), true
+	a, gateway := node("a", 1, "10.244.1.0/24"), hosting(node("g", 2, "10.244.2.0/24"), 1, "192.0.2.2/32")
+	gateway.Role = mesh.RoleGateway
+	vm := hosting(node("vm", 3), 1, "192.0.2.200/32", "203.0.113.9/32")
+	vm.Location = "elsewhere"
+	p := mesh.NewPlan(mesh.Facts{Settings: on, Self: a, Nodes: []mesh.Node{gateway, vm}})
+	if len(p.Peers) != 1 {
+		t.Fatalf("peers: %v", p.Peers)
+	}
+	// Outside of externalCIDRs it is for those who are its peers.
+	if diff := cmp.Diff(prefixes("10.244.2.0/24", "192.0.2.2/32", "192.0.2.200/32"), p.Peers[0].AllowedIPs, byEqual); diff != "" {
+		t.Errorf("the gateway's allowed IPs (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(addrs("192.0.2.200"), p.Filter.Nodes.Held, byEqual); diff != "" {
+		t.Errorf("held (-want +got):\n%s", diff)
+	}
+}
+
 func TestAnnounceHosts(t *testing.T) {
 	got := mesh.AnnounceHosts(addrs("192.0.2.1", "::ffff:192.0.2.9", "127.0.0.1", "2001:db8::1"), claims(1, "192.0.2.1/32", "192.0.2.5/32"), at(9))
 	want := append(claims(1, "192.0.2.1/32"), claims(9, "192.0.2.9/32", "2001:db8::1/128")...)
