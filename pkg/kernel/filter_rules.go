@@ -37,6 +37,7 @@ import (
 //	chain own-source {                           # of what no peer would take as it is (antrea#2697)
 //	  type nat hook postrouting priority srcnat + 10
 //	  oifname "wgcni0" ip saddr != @cluster4 masquerade
+//	  oifname "wgcni0" ip saddr @exempt4 masquerade
 //	}
 //
 // The rules name clusters, not pods, as sources: the last packets of a pod
@@ -118,7 +119,9 @@ func chains(link string, mark uint32) []chainSpec {
 		for _, set := range []string{setLocal, setPods} {
 			keepSource.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), f.from(set), f.keepSource())
 		}
-		ownSource.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), f.fromOutside(setCluster), masquerade())
+		outLink := f.via(expr.MetaKeyOIFNAME, "oifname", link)
+		ownSource.add(outLink, f.fromOutside(setCluster), masquerade())
+		ownSource.add(outLink, f.from(setExempt), masquerade())
 	}
 	plainOut.add(count(counterOut), verdict("drop", expr.VerdictDrop))
 	plainIn.add(count(counterIn), verdict("drop", expr.VerdictDrop))
