@@ -36,13 +36,14 @@ func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.
 	f.MTU = mtuOf(c, known)
 	f.Self = node(known.Self, known.Endpoints)
 	f.Self.Name, f.Self.PublicKey, f.Self.Endpoint = c.NodeName, key, ownEndpoint(known.Self)
-	f.Self.CallsOnly = c.CallsOnly // a record that is not published yet has no endpoints either
+	published, there := known.Records.Nodes[c.NodeName]
+	f.Self.CallsOnly = c.CallsOnly || there && !published.Left && len(published.Endpoints) == 0
 	f.Self.Hosts = publishedHosts(c, known)
 	// The secret that the others see our record sealed with, not the one that the
 	// next record will have: both ends of a tunnel choose its key by the same two.
 	own := pairs.Current()
-	if r, published := known.Records.Nodes[c.NodeName]; published && !r.Left {
-		own = r.Seal.Secret
+	if there && !published.Left {
+		own = published.Seal.Secret
 	}
 	for _, r := range known.Records.Nodes {
 		if revoked, ok := r.Revoked(); ok && (f.Revoked[revoked] == "" || r.Name < f.Revoked[revoked]) {

@@ -88,7 +88,7 @@ func attachmentKey(containerID, ifname string) []byte {
 // All returns every attachment, in the order in which they were put. A store
 // with a value that is no attachment is damaged too, and replaced.
 func (a *Attachments) All() (out []Attachment, err error) {
-	err = guarded(func() error {
+	err = a.guarded(func() error {
 		return a.db.View(func(tx *bolt.Tx) error {
 			return tx.Bucket(attachmentsBucket).ForEach(func(k, v []byte) error {
 				at, err := decodeAttachment(k, v)
@@ -117,7 +117,7 @@ func decodeAttachment(k, v []byte) (at Attachment, err error) {
 // Get returns one attachment, false if there is none. Its cost does not grow with
 // the number of pods.
 func (a *Attachments) Get(containerID, ifname string) (at Attachment, ok bool, err error) {
-	err = guarded(func() error {
+	err = a.guarded(func() error {
 		return a.db.View(func(tx *bolt.Tx) (err error) {
 			k := attachmentKey(containerID, ifname)
 			if v := tx.Bucket(attachmentsBucket).Get(k); v != nil {
@@ -132,7 +132,7 @@ func (a *Attachments) Get(containerID, ifname string) (at Attachment, ok bool, e
 
 // Put adds an attachment, or replaces the one of the same container and interface.
 func (a *Attachments) Put(at Attachment) error {
-	return guarded(func() error {
+	return a.guarded(func() error {
 		return a.db.Update(func(tx *bolt.Tx) (err error) {
 			b := tx.Bucket(attachmentsBucket)
 			if at.Sequence, err = b.NextSequence(); err != nil {
@@ -150,7 +150,7 @@ func (a *Attachments) Put(at Attachment) error {
 // SetMTU records LinkMTU and TunnelMTU of attachments that are still those of the
 // same sandbox, and leaves all else of them as it is.
 func (a *Attachments) SetMTU(changed ...Attachment) error {
-	return guarded(func() error {
+	return a.guarded(func() error {
 		return a.db.Update(func(tx *bolt.Tx) error {
 			b := tx.Bucket(attachmentsBucket)
 			for _, at := range changed {
@@ -178,7 +178,7 @@ func (a *Attachments) SetMTU(changed ...Attachment) error {
 
 // Delete removes attachments; those that are not there are no error.
 func (a *Attachments) Delete(gone ...Attachment) error {
-	return guarded(func() error {
+	return a.guarded(func() error {
 		return a.db.Update(func(tx *bolt.Tx) error {
 			b := tx.Bucket(attachmentsBucket)
 			for _, at := range gone {
@@ -194,7 +194,7 @@ func (a *Attachments) Delete(gone ...Attachment) error {
 // Applied returns the last whole plan of this boot, false if there was none or
 // if it cannot be read: it is then applied once more.
 func (a *Attachments) Applied() (ap Applied, ok bool, err error) {
-	err = guarded(func() error {
+	err = a.guarded(func() error {
 		return a.db.View(func(tx *bolt.Tx) error {
 			v := tx.Bucket(metaBucket).Get(appliedKey)
 			if v == nil {
@@ -212,7 +212,7 @@ func (a *Attachments) Applied() (ap Applied, ok bool, err error) {
 
 // SetApplied records a whole plan that was applied.
 func (a *Attachments) SetApplied(ap Applied) error {
-	return guarded(func() error {
+	return a.guarded(func() error {
 		v, err := json.Marshal(ap)
 		if err != nil {
 			return err
@@ -225,7 +225,7 @@ func (a *Attachments) SetApplied(ap Applied) error {
 // that is new, after a boot or in the place of a damaged one, is not: only the
 // helper can ask the runtime for the others.
 func (a *Attachments) Complete() (complete bool, err error) {
-	err = guarded(func() error {
+	err = a.guarded(func() error {
 		return a.db.View(func(tx *bolt.Tx) error {
 			complete = tx.Bucket(metaBucket).Get(completeKey) != nil
 			return nil
@@ -236,7 +236,7 @@ func (a *Attachments) Complete() (complete bool, err error) {
 
 // SetComplete says that all pods of this node are in the store.
 func (a *Attachments) SetComplete() error {
-	return guarded(func() error {
+	return a.guarded(func() error {
 		return a.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(completeKey, []byte("true")) })
 	})
 }

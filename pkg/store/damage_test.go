@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -230,5 +232,86 @@ func TestRandomDamage(t *testing.T) {
 	}
 	if replaced == 0 {
 		t.Error("no round has damaged anything")
+	}
+}
+
+// TestDamageWhileOpen has the file break under a holder who is about to write.
+// bbolt may then keep its own locks for ever; the store comes back all the same.
+func TestDamageWhileOpen(t *testing.T) {
+	good := read(t, AttachmentsPath(filled(t)))
+	for _, damage := range damages {
+		if strings.HasPrefix(damage.name, "a value") { // made through bbolt, which waits for the holder
+			continue
+		}
+		for name, write := range map[string]func(*Attachments) error{
+			"put":    func(a *Attachments) error { return a.Put(pod(500)) },
+			"delete": func(a *Attachments) error { return a.Delete(pod(3)) },
+			"read":   func(a *Attachments) error { _, err := a.All(); return err },
+		} {
+			t.Run(damage.name+"/"+name, func(t *testing.T) {
+				dir := t.TempDir()
+				overwrite(t, AttachmentsPath(dir), good)
+				hold(t, dir, func(a *Attachments) {
+					damage.do(t, AttachmentsPath(dir))
+					_ = write(a) // whether it fails depends on the pages that it touches
+				})
+				for range 2 { // the first may find the damage
+					hold(t, dir, func(a *Attachments) {
+						if err := a.Put(pod(501)); err != nil && !IsDamage(err) {
+							t.Error(err)
+						}
+					})
+				}
+				hold(t, dir, func(a *Attachments) {
+					if _, ok, err := a.Get(pod(501).ContainerID, "eth0"); !ok || err != nil {
+						t.Errorf("what was put is there: %v, %v", ok, err)
+					}
+				})
+			})
+		}
+	}
+}
+
+// A transaction that bbolt has lost keeps its Close waiting.
+func TestCloseThatNeverEnds(t *testing.T) {
+	dir := filled(t)
+	hold(t, dir, func(a *Attachments) {
+		if _, err := a.db.Begin(true); err != nil {
+			t.Error(err)
+		}
+		_ = a.guarded(func() error { panic("a page makes no sense") })
+	})
+	if aside, _ := filepath.Glob(AttachmentsPath(dir) + ".damaged-*"); len(aside) != 1 {
+		t.Errorf("moved aside: %v", aside)
+	}
+	with(t, dir, func(a *Attachments) {
+		if err := a.Put(pod(501)); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// hold opens the store and closes it, whatever it has become, and fails where that hangs.
+func hold(t *testing.T, dir string, f func(*Attachments)) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		a, err := OpenAttachments(ctx, dir)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		f(a)
+		if err := a.Close(); err != nil && !IsDamage(err) {
+			t.Error(err)
+		}
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		t.Fatal("it hangs")
 	}
 }

@@ -37,6 +37,7 @@ type file struct {
 	path string
 	// Damaged is set when this opening had to replace the file.
 	damaged *Damaged
+	broken  bool // bbolt has panicked on it
 }
 
 // open locks and opens a file, making it and its folder where they are missing.
@@ -64,11 +65,12 @@ func open(ctx context.Context, path string, l layout) (*file, error) {
 }
 
 func (f *file) openDB(ctx context.Context, l layout) error {
+	f.broken = false
 	timeout := time.Second // of somebody who holds the file itself, with bbolt's own tool for instance
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = max(time.Until(deadline), time.Millisecond)
 	}
-	return guarded(func() error {
+	return f.guarded(func() error {
 		// bbolt refuses a file of less than its two meta pages without saying of
 		// which kind its error is. An empty file is a new one.
 		if info, err := os.Stat(f.path); err == nil && info.Size() > 0 && info.Size() < int64(2*os.Getpagesize()) {
@@ -86,7 +88,7 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 		}
 		f.db = db
 		missing := false
-		err = guarded(func() error {
+		err = f.guarded(func() error {
 			return db.View(func(tx *bolt.Tx) error {
 				for _, name := range l.buckets {
 					b := tx.Bucket(name)
@@ -112,7 +114,7 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 			})
 		}
 		if err != nil {
-			_ = db.Close()
+			err = errors.Join(err, f.closeDB())
 		}
 		return err
 	})
@@ -145,10 +147,39 @@ func checkJSON(k, v []byte) error {
 
 func notJSON(k []byte) error { return fmt.Errorf("%w: the value of %q is not JSON", errDamage, k) }
 
-// close releases file and lock.
+// close releases file and lock. A file that bbolt does not let go of is moved
+// aside: it stays locked for as long as this process lives, and nobody could open
+// what is in its place.
 func (f *file) close() error {
-	err := guarded(f.db.Close)
+	err := f.closeDB()
+	if errors.Is(err, errHeld) {
+		_, aerr := f.moveAside(err)
+		err = errors.Join(err, aerr)
+	}
 	return errors.Join(err, f.lock.Close())
+}
+
+// errHeld says that bbolt does not come back.
+var errHeld = fmt.Errorf("%w: it cannot be closed", errDamage)
+
+// closePatience is far more than closing takes.
+const closePatience = 200 * time.Millisecond
+
+// closeDB does not wait for ever: where a page breaks in the middle of a
+// transaction, bbolt panics once more while it rolls back, and keeps the lock that
+// its Close waits for.
+func (f *file) closeDB() error {
+	if !f.broken {
+		return f.guarded(f.db.Close)
+	}
+	closed, db := make(chan error, 1), f.db
+	go func() { closed <- (&file{}).guarded(db.Close) }()
+	select {
+	case err := <-closed:
+		return err
+	case <-time.After(closePatience):
+		return errHeld
+	}
 }
 
 // errDamage marks what only a broken file brings about.
@@ -163,22 +194,23 @@ func isDamage(err error) bool {
 	return false
 }
 
-// guarded runs f on the mapped file. bbolt trusts its pages: a broken one makes
+// guarded runs do on the mapped file. bbolt trusts its pages: a broken one makes
 // it panic, or read beyond the end of the file, which is a fault of its own kind.
-func guarded(f func() error) (err error) {
+func (f *file) guarded(do func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
+			f.broken = true
 			err = fmt.Errorf("%w: %v", errDamage, p)
 		}
 	}()
-	return f()
+	return do()
 }
 
 // replace puts an empty store in the place of one whose content makes no sense.
 // The lock is kept.
 func (f *file) replace(cause error, l layout) error {
-	if err := guarded(f.db.Close); err != nil {
+	if err := f.closeDB(); err != nil && !errors.Is(err, errHeld) {
 		return errors.Join(cause, err)
 	}
 	damaged, err := f.moveAside(cause)

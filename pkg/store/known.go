@@ -57,7 +57,7 @@ func LoadKnown(ctx context.Context, stateDir string) (k Known, damaged *Damaged,
 	}
 	defer func() { _ = f.close() }() // nothing was written
 	k = Known{Records: registry.NewSnapshot(), Endpoints: map[string]netip.AddrPort{}}
-	err = guarded(func() error {
+	err = f.guarded(func() error {
 		return f.db.View(func(tx *bolt.Tx) error {
 			err := tx.Bucket(recordsBucket).ForEach(func(name, v []byte) error {
 				r, err := registry.Decode(string(name), v)
@@ -102,7 +102,7 @@ func SaveKnown(ctx context.Context, stateDir string, before, now Known) error {
 	if f.damaged != nil {
 		before = Known{}
 	}
-	err = guarded(func() error {
+	err = f.guarded(func() error {
 		return f.db.Update(func(tx *bolt.Tx) error {
 			if tx.Bucket(nodeBucket).Get(selfKey) == nil {
 				before = Known{} // somebody else has put a new file in a damaged one's place

@@ -67,7 +67,7 @@ func TestRegistryUnderAttack(t *testing.T) {
 		altered("prefix", map[string]any{"prefixes": claims(aeon, own, "10.244.2.0/24", "fd00:244:2::/64")}),
 		altered("public key", map[string]any{"publicKey": mallory.String()}),
 		altered("revision", map[string]any{"revision": uint64(registry.MaxRevision)}),
-		altered("unknown field", map[string]any{"role": "admin"}),
+		altered("unknown field", map[string]any{"clearance": "admin"}),
 		{"seal taken away", func(e entries) {
 			e.alter("node-b", map[string]any{"seal": ""})
 		}, "node-b", reconcile.KindUnsealed, unsealed},
