@@ -103,7 +103,7 @@ func (l *Loop) hearPublished(r publishResult) {
 			l.published = &record
 		}
 		l.Log.Info("published", "registry", l.Registry.String(), "revision", record.Revision,
-			"prefixes", len(record.Prefixes), "pods", len(record.Pods))
+			"prefixes", len(record.Prefixes), "pods", len(record.Pods), "hosts", len(record.Hosts))
 	case errors.Is(r.err, registry.ErrStale):
 		// Somebody was quicker; the registry's next word tells with what. Nothing is
 		// offered before: it may be our tombstone, even one of a lesser revision.

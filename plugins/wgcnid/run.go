@@ -77,8 +77,12 @@ func run(ctx context.Context, o options, log *slog.Logger) error {
 		return err
 	}
 	loop.Load = keepLast(o.load, c.StateDir, log)
+	behind, ranges := "podCIDRs", c.PodCIDRs
+	if c.Bare {
+		behind, ranges = "subnets", c.Subnets
+	}
 	log.Info("starting", "node", c.NodeName, "publicKey", loop.Key.String(), "interface", c.Interface,
-		"clusterCIDRs", c.ClusterCIDRs, "podCIDRs", c.PodCIDRs, "registry", loop.Registry.String())
+		"clusterCIDRs", c.ClusterCIDRs, behind, ranges, "registry", loop.Registry.String())
 	err = loop.Run(ctx)
 	if errors.Is(err, reconcile.ErrLeft) {
 		log.Info("this node was removed from the mesh; taking down the tunnel", "mend", "start wgcnid again to join")
