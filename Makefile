@@ -59,6 +59,7 @@ fuzz: ## Run every fuzz target for FUZZTIME (30s)
 	@scripts/fuzz.sh $(FUZZTIME)
 
 bench: deps build tools ## Run the benchmarks (root) and print one table with ratios
+	@scripts/deps.sh bench
 	$(GO) run ./test/bench
 
 bench-kernel: deps build tools ## Measure throughput with the kernel's WireGuard (root)

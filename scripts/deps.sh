@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs those Debian packages whose commands are missing. Nothing else is changed.
-# `deps.sh kernel` is about the guests of scripts/kernel alone.
+# `deps.sh kernel` is about the guests of scripts/kernel alone, `deps.sh bench` about
+# the proxies that `wgcnid endpoint` is measured beside.
 set -eu
 missing=
 need() { # COMMAND PACKAGE
@@ -20,6 +21,11 @@ kernel)
 	grep -q '^VERSION_ID="12"' /etc/os-release || # whose qemu has it
 		PATH=$PATH:/usr/libexec need virtiofsd virtiofsd
 	;;
+bench)
+	need haproxy haproxy
+	need nginx nginx-light
+	[ -e /usr/lib/nginx/modules/ngx_stream_module.so ] || missing="$missing libnginx-mod-stream"
+	;;
 *)
 	need ip iproute2
 	need nsenter util-linux
@@ -35,6 +41,13 @@ esac
 command -v apt-get >/dev/null 2>&1 || { echo "deps: install these with your package manager:$missing" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || { echo "deps: run as root, or install:$missing" >&2; exit 1; }
 echo "installing$missing"
+# What comes with a service shall not start it: see invoke-rc.d(8).
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+	trap 'rm -f $policy' EXIT
+	printf '#!/bin/sh\nexit 101\n' >$policy
+	chmod 755 $policy
+fi
 apt-get update -q >/dev/null
 # shellcheck disable=SC2086 # a list of words
 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $missing >/dev/null

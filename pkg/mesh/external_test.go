@@ -165,3 +165,27 @@ func TestSilencedGateways(t *testing.T) {
 		}
 	}
 }
+
+// A single address among a machine's ranges is its own, be it not the first: a
+// service endpoint listens there. The others' routes know of it as of any range.
+func TestSingleAddressesAreTheMachinesOwn(t *testing.T) {
+	self, other := holder("a", 1, 1, "10.244.1.0/24", "172.17.0.0/16", "198.51.100.7/32", "10.9.9.9/32"), holder("b", 2, 2, "10.244.2.0/24")
+	settings := mesh.Settings{ClusterCIDRs: bounds.Cluster, ExternalCIDRs: bounds.External, PeerCIDRs: bounds.Peer, Interface: "wgcni0", MTU: 1420, Table: 7}
+	p := mesh.NewPlan(mesh.Facts{Settings: settings, Self: self, Nodes: []mesh.Node{other}})
+	if got := textOf(p.Addresses); got != "[10.244.1.0/32 198.51.100.7/32]" {
+		t.Errorf("addresses %s", got)
+	}
+	for _, r := range p.Routes {
+		if r.Type == mesh.ViaLink && r.Source.String() != "10.244.1.0" {
+			t.Errorf("%s; want the tunnel address as the source", r)
+		}
+	}
+	p = mesh.NewPlan(mesh.Facts{Settings: settings, Self: holder("a", 1, 1, "198.51.100.7/32"), Nodes: []mesh.Node{other}})
+	if got := textOf(p.Addresses); got != "[198.51.100.7/32]" {
+		t.Errorf("addresses %s, want the only one once", got)
+	}
+	p = mesh.NewPlan(mesh.Facts{Settings: settings, Self: other, Nodes: []mesh.Node{self}})
+	if got := textOf(p.Peers[0].AllowedIPs); got != "[10.244.1.0/24 172.17.0.0/16 198.51.100.7/32]" {
+		t.Errorf("the other allows %s", got)
+	}
+}

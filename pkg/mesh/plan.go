@@ -108,6 +108,11 @@ func (p *Plan) sources(f Facts, hosts *hostPlan) map[bool]netip.Addr {
 			}
 		}
 	}
+	for _, c := range self.Prefixes { // a single address is the machine's own, be it not the first
+		if q := c.Prefix.Masked(); q.IsSingleIP() && !slices.Contains(p.Addresses, q) {
+			p.Addresses = append(p.Addresses, q)
+		}
+	}
 	return source
 }
 

@@ -45,11 +45,17 @@ depend on this process: when it ends, everything stays as it is.`,
 }
 
 func newLogger(w io.Writer, format string) (*slog.Logger, error) {
+	return newLoggerFrom(w, format, slog.LevelInfo)
+}
+
+// newLoggerFrom logs what is of this level at least.
+func newLoggerFrom(w io.Writer, format string, level slog.Level) (*slog.Logger, error) {
+	o := &slog.HandlerOptions{Level: level}
 	switch format {
 	case "text":
-		return slog.New(slog.NewTextHandler(w, nil)), nil
+		return slog.New(slog.NewTextHandler(w, o)), nil
 	case "json":
-		return slog.New(slog.NewJSONHandler(w, nil)), nil
+		return slog.New(slog.NewJSONHandler(w, o)), nil
 	}
 	return nil, fmt.Errorf("--log: %q is neither text nor json", format)
 }

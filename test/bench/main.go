@@ -3,7 +3,7 @@
 // a large mesh takes to hold and to join, and the throughput between pods, and
 // between a pod and a virtual machine. All that is compared runs in turns, since only ratios within one run mean anything.
 //
-//	go run ./test/bench [--short] [--sections verbs,scale,announce,mesh,join,throughput,vm] [--markdown]
+//	go run ./test/bench [--short] [--sections verbs,scale,announce,mesh,join,throughput,vm,endpoint] [--markdown]
 package main
 
 import (
@@ -37,6 +37,7 @@ var benches = []struct {
 	{"join", benchJoin},
 	{"throughput", benchThroughput},
 	{"vm", benchVM},
+	{"endpoint", benchEndpoint},
 }
 
 func main() {

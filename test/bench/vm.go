@@ -9,8 +9,8 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-// way is one direction that throughput is measured in.
-type way struct {
+// direction is one that throughput is measured in.
+type direction struct {
 	name           string
 	client, server cluster.Executor
 	to             netip.Addr
@@ -54,15 +54,15 @@ func benchVM(ctx context.Context, b *bench) ([]section, error) {
 		}
 	}
 	nodes := c.Nodes
-	ways := []*way{
+	directions := []*direction{
 		{name: "pod to pod", client: w.client, server: w.server, to: w.server.IPv4(), at: nodes[1]},
 		{name: "virtual machine to pod", client: vm, server: w.server, to: w.server.IPv4(), at: nodes[1]},
 		{name: "pod to virtual machine", client: w.client, server: vm, to: vm.IPv4, at: vm},
 	}
 	rounds := b.rounds(4, 2)
 	for i := range rounds {
-		for at := range ways {
-			x := ways[(at+i)%len(ways)] // another one first each time
+		for at := range directions {
+			x := directions[(at+i)%len(directions)] // another one first each time
 			b.progress("vm: round %d of %d, %s", i+1, rounds, x.name)
 			if err := x.measure(ctx, b); err != nil {
 				return nil, fmt.Errorf("%s: %w", x.name, err)
@@ -70,10 +70,10 @@ func benchVM(ctx context.Context, b *bench) ([]section, error) {
 		}
 	}
 	s := section{title: fmt.Sprintf("A virtual machine and a pod, one TCP stream, %d rounds", rounds)}
-	for i, x := range ways {
+	for i, x := range directions {
 		r := row{what: x.name, median: megabits(x.rates.median())}
 		if i > 0 {
-			r.ratio, r.to, r.budget = x.rates.paired(ways[0].rates), ways[0].name, atLeast(0.95)
+			r.ratio, r.to, r.budget = x.rates.paired(directions[0].rates), directions[0].name, atLeast(0.95)
 		}
 		s.rows = append(s.rows, r)
 	}
@@ -81,7 +81,7 @@ func benchVM(ctx context.Context, b *bench) ([]section, error) {
 }
 
 // measure adds a rate, and returns an error if not all of it went through the tunnel.
-func (x *way) measure(ctx context.Context, b *bench) error {
+func (x *direction) measure(ctx context.Context, b *bench) error {
 	o := cluster.ThroughputOptions{Duration: b.span(4*time.Second, time.Second)}
 	if !b.short {
 		o.Warmup = time.Second

@@ -1,0 +1,30 @@
+package endpoint
+
+import (
+	"io"
+	"testing"
+)
+
+// BenchmarkRoundTrip is 64 bytes to and fro, of which the proxy's part is the
+// difference to the direct way.
+func BenchmarkRoundTrip(b *testing.B) {
+	b.Run("direct", func(b *testing.B) { roundTrips(b, false) })
+	b.Run("forwarded", func(b *testing.B) { roundTrips(b, true) })
+}
+
+func roundTrips(b *testing.B, forwarded bool) {
+	to := target(b, "127.0.0.1:0", echo)
+	if forwarded {
+		to = start(b, Config{Forwards: tcpForward(to)}).Addr(0, 0)
+	}
+	c := call(b, to)
+	buf := make([]byte, 64)
+	for b.Loop() {
+		if _, err := c.Write(buf); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
