@@ -32,6 +32,8 @@ bench)
 	need nft nftables
 	need iptables iptables
 	need wg wireguard-tools
+	need wg-quick wireguard-tools
+	need ping iputils-ping
 	need iperf3 iperf3
 	need gcc gcc # the race detector
 	[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"

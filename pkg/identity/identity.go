@@ -27,6 +27,15 @@ var ErrNoKey = errors.New("this node has no key yet: start `wgcnid run` once")
 // PrivateKey is a node's private key. It prints itself as "(hidden)", in every way.
 type PrivateKey struct{ concealed[wgtypes.Key] }
 
+// NewPrivateKey makes a key.
+func NewPrivateKey() (PrivateKey, error) {
+	key, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		return PrivateKey{}, fmt.Errorf("make a private key: %w", err)
+	}
+	return PrivateKey{conceal(key)}, nil
+}
+
 // Public is the key that others may know.
 func (k PrivateKey) Public() wgtypes.Key { return k.Reveal().PublicKey() }
 
@@ -38,18 +47,38 @@ func Path(stateDir string) string { return filepath.Join(stateDir, keyFile) }
 
 // Load reads the node's key. The error Is ErrNoKey if there is none yet.
 func Load(stateDir string) (PrivateKey, error) {
-	path := Path(stateDir)
-	text, err := ReadSecretFile(path, maxKeyFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return PrivateKey{}, ErrNoKey
+	key, err := LoadPrivateKey(Path(stateDir))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return key, ErrNoKey
+	case errors.Is(err, errNotKey):
+		err = fmt.Errorf("%w: restore it, or delete it to get a new one", err)
 	}
+	return key, err
+}
+
+// LoadPrivateKey reads a file as `wg genkey` writes it. For the file's mode see
+// ReadSecretFile.
+func LoadPrivateKey(path string) (PrivateKey, error) {
+	text, err := ReadSecretFile(path, maxKeyFile)
 	if err != nil {
 		return PrivateKey{}, err
 	}
-	key, err := wgtypes.ParseKey(strings.TrimSpace(string(text)))
+	key, err := ParsePrivateKey(string(text))
 	if err != nil {
-		// wgtypes' error may quote what it could not read.
-		return PrivateKey{}, fmt.Errorf("%s does not hold a key as `wg genkey` writes it: restore it, or delete it to get a new one", path)
+		return key, fmt.Errorf("%s %w", path, err)
+	}
+	return key, nil
+}
+
+// errNotKey does not say what stands there instead.
+var errNotKey = errors.New("does not hold a key as `wg genkey` writes it")
+
+// ParsePrivateKey reads a key's text. The error does not quote it, as wgtypes' may.
+func ParsePrivateKey(text string) (PrivateKey, error) {
+	key, err := wgtypes.ParseKey(strings.TrimSpace(text))
+	if err != nil {
+		return PrivateKey{}, errNotKey
 	}
 	return PrivateKey{conceal(key)}, nil
 }
@@ -73,17 +102,17 @@ func LoadOrCreate(stateDir string) (PrivateKey, error) {
 	if !errors.Is(err, ErrNoKey) {
 		return k, err
 	}
-	fresh, err := wgtypes.GeneratePrivateKey()
+	fresh, err := NewPrivateKey()
 	if err != nil {
-		return PrivateKey{}, fmt.Errorf("make a private key: %w", err)
+		return PrivateKey{}, err
 	}
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return PrivateKey{}, err
 	}
 	// Written aside, synced, renamed: a power cut leaves the old state or the new.
-	text := []byte(fresh.String() + "\n")
+	text := []byte(fresh.Reveal().String() + "\n")
 	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.WithTempDir(stateDir), renameio.IgnoreUmask()); err != nil {
 		return PrivateKey{}, fmt.Errorf("write %s: %w", Path(stateDir), err)
 	}
-	return PrivateKey{conceal(fresh)}, nil
+	return fresh, nil
 }

@@ -243,3 +243,23 @@ func TestCreateFails(t *testing.T) {
 		t.Errorf("a folder in the key's place: %v", err)
 	}
 }
+
+func TestPrivateKeyText(t *testing.T) {
+	made, err := NewPrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := made.Reveal().String()
+	read, err := ParsePrivateKey(" " + text + "\n")
+	if err != nil || read.Reveal() != made.Reveal() {
+		t.Errorf("it is read as another, or %v", err)
+	}
+	if shown := fmt.Sprintf("%v %+v %#v", read, read, read); strings.Contains(shown, text) {
+		t.Error("the key is shown")
+	}
+	for _, bad := range []string{"", text[1:], text + "x", strings.Repeat("=", 44)} {
+		if _, err := ParsePrivateKey(bad); err == nil || bad != "" && strings.Contains(err.Error(), bad) {
+			t.Errorf("%d characters: error %v", len(bad), err)
+		}
+	}
+}

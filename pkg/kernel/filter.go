@@ -54,9 +54,10 @@ const (
 	setLocal    = "local"
 	setExempt   = "exempt"
 	setPods     = "pods"
+	setMasq     = "masqueraded"
 )
 
-var prefixSets = []string{setCluster, setGuarded, setWithheld, setLocal}
+var prefixSets = []string{setCluster, setGuarded, setWithheld, setLocal, setMasq}
 
 func (f family) set(name string) *nftables.Set {
 	return &nftables.Set{
@@ -74,6 +75,8 @@ func prefixesOf(f *mesh.Filter, name string) *[]netip.Prefix {
 		return &f.Guarded
 	case setWithheld:
 		return &f.Withheld
+	case setMasq:
+		return &f.Masqueraded
 	}
 	return &f.Local
 }

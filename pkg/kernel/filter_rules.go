@@ -38,6 +38,7 @@ import (
 //	  type nat hook postrouting priority srcnat + 10
 //	  oifname "wgcni0" ip saddr != @cluster4 masquerade
 //	  oifname "wgcni0" ip saddr @exempt4 masquerade
+//	  oifname "wgcni0" ip saddr @masqueraded4 masquerade
 //	}
 //
 // The rules name clusters, not pods, as sources: the last packets of a pod
@@ -121,7 +122,9 @@ func chains(link string, mark uint32) []chainSpec {
 		}
 		outLink := f.via(expr.MetaKeyOIFNAME, "oifname", link)
 		ownSource.add(outLink, f.fromOutside(setCluster), masquerade())
-		ownSource.add(outLink, f.from(setExempt), masquerade())
+		for _, set := range []string{setExempt, setMasq} {
+			ownSource.add(outLink, f.from(set), masquerade())
+		}
 	}
 	plainOut.add(count(counterOut), verdict("drop", expr.VerdictDrop))
 	plainIn.add(count(counterIn), verdict("drop", expr.VerdictDrop))

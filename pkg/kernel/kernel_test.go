@@ -81,6 +81,11 @@ func randomFacts(r *rand.Rand) mesh.Facts {
 		}
 		f.Nodes = append(f.Nodes, vm)
 	}
+	for n := range r.IntN(3) { // sites that only this node knows
+		site := node(100+n, fmt.Sprintf("192.168.%d.0/24", r.IntN(3)), fmt.Sprintf("fd00:168:%d::/64", r.IntN(3)))
+		site.Via, site.Masqueraded = []string{self().Name}, true
+		f.Nodes = append(f.Nodes, site)
+	}
 	for range r.IntN(4) {
 		f.LocalPods = append(f.LocalPods,
 			netip.AddrFrom4([4]byte{10, 244, 99, byte(10 + r.IntN(5))}),

@@ -63,6 +63,31 @@ func (w *wireguard) configure(name string, c wgtypes.Config) (err error) {
 	return err
 }
 
+// Handshake is what the interface has heard of a peer.
+type Handshake struct {
+	At       time.Time // of the last one
+	Received int64     // bytes in all, handshakes among them
+}
+
+// Handshakes returns those of the peers that have had one, by public key. Where
+// the interface is missing there are none.
+func (k *Kernel) Handshakes() (map[wgtypes.Key]Handshake, error) {
+	d, err := k.wg.device(k.Interface)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read WireGuard interface %s: %w", k.Interface, err)
+	}
+	out := make(map[wgtypes.Key]Handshake, len(d.Peers))
+	for _, p := range d.Peers {
+		if p.LastHandshakeTime.Unix() > 0 {
+			out[p.PublicKey] = Handshake{p.LastHandshakeTime, p.ReceiveBytes}
+		}
+	}
+	return out, nil
+}
+
 func (k *Kernel) configureLink(l mesh.Link) error {
 	if k.PrivateKey == nil {
 		return errors.New("no private key at hand")

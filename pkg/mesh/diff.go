@@ -153,7 +153,7 @@ func (d *differ) greet() {
 	}
 	g := Greet{Link: want.Name}
 	for _, p := range d.planned.Peers {
-		if p.Endpoint.IsValid() && p.Keepalive == 0 {
+		if p.Endpoint.IsValid() && p.Keepalive == 0 && len(p.AllowedIPs) > 0 { // none: a plain machine that another node carries
 			g.Peers = append(g.Peers, p.PublicKey)
 		}
 	}

@@ -135,6 +135,42 @@ func TestPlanOfAnEntryNode(t *testing.T) {
 	}
 }
 
+// What cannot be masqueraded is a conflict, the same one every time.
+func TestMasqueradedConflicts(t *testing.T) {
+	entry, other := node("a", 1, "10.244.1.0/24"), node("b", 2, "10.244.2.0/24")
+	entry.Addresses = []netip.Addr{netip.MustParseAddr("172.16.3.1")}
+	other.Endpoint = netip.MustParseAddrPort("198.51.100.2:51820")
+	site := func(name string, since int, prefixes ...string) mesh.Node {
+		n := laptop(name, 10+since, since, prefixes[0], "a")
+		n.Masqueraded, n.Prefixes = true, claims(since, prefixes...)
+		return n
+	}
+	carried := carrying(entry, 4, "10.250.0.7/32")
+	f := mesh.Facts{Settings: settings("10.244.0.0/16"), Self: carried, Nodes: []mesh.Node{
+		other, laptop("laptop", 4, 4, "10.250.0.7/32", "a"),
+		site("younger", 7, "10.250.0.9/32", "192.168.0.0/16"), site("older", 6, "10.250.0.8/32", "192.168.7.0/24"),
+		site("odd", 8, "10.250.0.7/32", "10.250.0.0/25", "10.244.9.0/24", "0.0.0.0/0", "198.51.100.0/24", "172.16.0.0/12"),
+	}}
+	f.PeerCIDRs = bounds.Peer
+	p := mesh.NewPlan(f)
+	if got := textOf(p.Filter.Masqueraded); got != "[10.250.0.8/32 10.250.0.9/32 192.168.7.0/24]" {
+		t.Errorf("masqueraded %s", got)
+	}
+	outside := "what is masqueraded lies outside of clusterCIDRs and externalCIDRs"
+	want := []mesh.Conflict{
+		{Node: "odd", What: "0.0.0.0/0", Reason: outside},
+		{Node: "odd", What: "10.244.9.0/24", Reason: outside},
+		{Node: "odd", What: "10.250.0.0/25", Reason: outside},
+		{Node: "odd", What: "10.250.0.7/32", Reason: "laptop has it"},
+		{Node: "odd", What: "172.16.0.0/12", Reason: "an address of this node lies inside it"},
+		{Node: "odd", What: "198.51.100.0/24", Reason: "the endpoint 198.51.100.2:51820 of b lies inside it"},
+		{Node: "younger", What: "192.168.0.0/16", Reason: "another machine that enters by this node has 192.168.7.0/24"},
+	}
+	if diff := cmp.Diff(want, p.Conflicts); diff != "" {
+		t.Errorf("conflicts (-want +got):\n%s", diff)
+	}
+}
+
 func textOf(ps []netip.Prefix) string { return fmt.Sprint(ps) }
 
 // Of two gateways that do not hear each other the one that spoke last was alive then.

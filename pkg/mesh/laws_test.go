@@ -175,6 +175,7 @@ func same(a, b mesh.State) bool {
 		}) &&
 		f.Interface == g.Interface && f.Broken == g.Broken && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) && slices.Equal(f.Withheld, g.Withheld) &&
 		slices.Equal(f.Local, g.Local) && slices.Equal(f.Pods, g.Pods) && slices.Equal(f.Exempt, g.Exempt) &&
+		slices.Equal(f.Masqueraded, g.Masqueraded) &&
 		f.Nodes.Equal(g.Nodes) && a.SrcValidMark == b.SrcValidMark
 }
 

@@ -208,6 +208,9 @@ func (f Filter) sets() string {
 		s += fmt.Sprintf(" withheld %v", f.Withheld)
 	}
 	s += fmt.Sprintf(" local %v exempt %v", f.Local, f.Exempt)
+	if len(f.Masqueraded) > 0 {
+		s += fmt.Sprintf(" masqueraded %v", f.Masqueraded)
+	}
 	if f.Nodes.Mark != 0 {
 		s += " " + f.Nodes.sets()
 	}

@@ -144,6 +144,8 @@ const (
 // addPeers plans the peers, with no allowed IPs yet, and returns which is whose.
 func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownership) map[string]int {
 	neighbours := make(map[string]int, len(nodes))
+	var masqueraded []Node
+	at := map[string]int{}
 	p.Peers = make([]Peer, 0, len(nodes))
 	for _, n := range nodes {
 		warm := topology.warm(f.Self.Name, n.Name)
@@ -152,7 +154,8 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 		}
 		keepalive := f.Keepalive
 		switch {
-		case n.Plain(): // it is for the machine to keep its mapping alive
+		case n.Plain(): // it calls the node that is to carry it, and is called by none
+			keepalive = 0
 		case f.Self.Role == RoleGateway && n.Role == RoleGateway && f.Self.Location == n.Location:
 			keepalive = gatewayKeepalive
 		case f.Self.CallsOnly, warm && f.Self.warms(n):
@@ -163,11 +166,16 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 			Endpoint: owners.Endpoints[n.Name], Keepalive: keepalive,
 		}
 		if n.Masqueraded {
-			p.addMasqueraded(f, &peer, n)
+			masqueraded = append(masqueraded, n)
+			at[n.Name] = len(p.Peers)
 		} else {
 			neighbours[n.Name] = len(p.Peers)
 		}
 		p.Peers = append(p.Peers, peer)
+	}
+	slices.SortFunc(masqueraded, func(a, b Node) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Name, b.Name)) })
+	for _, n := range masqueraded {
+		p.addMasqueraded(f, &p.Peers[at[n.Name]], n, owners)
 	}
 	return neighbours
 }
@@ -182,20 +190,42 @@ func (n Node) warms(other Node) bool {
 }
 
 // addMasqueraded lets a machine in that only this node knows: the others see its
-// packets come from here.
-func (p *Plan) addMasqueraded(f Facts, peer *Peer, n Node) {
-	taken := f.Bounds().All()
+// packets come from here. Of two with the same addresses the older has them.
+func (p *Plan) addMasqueraded(f Facts, peer *Peer, n Node, owners Ownership) {
 	for _, c := range n.Prefixes {
 		q := c.Prefix.Masked()
-		inside := anyCovers(f.PeerCIDRs, q) && q.IsSingleIP()
-		if !inside && slices.ContainsFunc(taken, q.Overlaps) || q.Bits() == 0 {
-			p.Conflicts = append(p.Conflicts, Conflict{Node: n.Name, What: q.String(), Reason: "what is masqueraded lies outside of clusterCIDRs and externalCIDRs"})
+		if why := p.whyNotMasqueraded(f, q, owners); why != "" {
+			p.Conflicts = append(p.Conflicts, Conflict{Node: n.Name, What: q.String(), Reason: why})
 			continue
 		}
 		peer.AllowedIPs = append(peer.AllowedIPs, q)
 		p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Table: f.Table})
 		p.Filter.Masqueraded = append(p.Filter.Masqueraded, q)
 	}
+}
+
+func (p *Plan) whyNotMasqueraded(f Facts, q netip.Prefix, owners Ownership) string {
+	inside := anyCovers(f.PeerCIDRs, q) && q.IsSingleIP()
+	if !inside && slices.ContainsFunc(f.Bounds().All(), q.Overlaps) || q.Bits() == 0 {
+		return "what is masqueraded lies outside of clusterCIDRs and externalCIDRs"
+	}
+	for _, name := range slices.Sorted(maps.Keys(owners.Prefixes)) {
+		if inside && slices.Contains(owners.Prefixes[name], q) {
+			return name + " has it"
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(owners.Endpoints)) {
+		if e := owners.Endpoints[name]; q.Contains(e.Addr()) {
+			return "the endpoint " + e.String() + " of " + name + " lies inside it"
+		}
+	}
+	if slices.ContainsFunc(f.Self.Addresses, func(a netip.Addr) bool { return q.Contains(a.Unmap()) }) {
+		return "an address of this node lies inside it"
+	}
+	if i := slices.IndexFunc(p.Filter.Masqueraded, q.Overlaps); i >= 0 {
+		return "another machine that enters by this node has " + p.Filter.Masqueraded[i].String()
+	}
+	return ""
 }
 
 // remaining are the local pods without those that have moved: a pod whose late

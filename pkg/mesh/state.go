@@ -114,7 +114,8 @@ func (f Filter) present() bool { return f.Interface != "" || f.Broken }
 // sameSets reports whether all but Pods is equal.
 func (f Filter) sameSets(g Filter) bool {
 	return f.Interface == g.Interface && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) &&
-		slices.Equal(f.Withheld, g.Withheld) && slices.Equal(f.Local, g.Local) && slices.Equal(f.Exempt, g.Exempt)
+		slices.Equal(f.Withheld, g.Withheld) && slices.Equal(f.Local, g.Local) && slices.Equal(f.Exempt, g.Exempt) &&
+		slices.Equal(f.Masqueraded, g.Masqueraded)
 }
 
 func compareRoutes(a, b Route) int {
@@ -154,7 +155,7 @@ func (s *State) Sort() {
 	}
 	slices.SortFunc(s.Routes, compareRoutes)
 	slices.SortFunc(s.Rules, compareRules)
-	for _, set := range []*[]netip.Prefix{&s.Filter.Cluster, &s.Filter.Guarded, &s.Filter.Withheld, &s.Filter.Local} {
+	for _, set := range []*[]netip.Prefix{&s.Filter.Cluster, &s.Filter.Guarded, &s.Filter.Withheld, &s.Filter.Local, &s.Filter.Masqueraded} {
 		slices.SortFunc(*set, ComparePrefixes)
 	}
 	slices.SortFunc(s.Filter.Pods, netip.Addr.Compare)

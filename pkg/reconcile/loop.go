@@ -43,6 +43,7 @@ type LoopKernel interface {
 	Kernel
 	UnderlayKernel
 	Watch(context.Context) (<-chan kernel.Event, error)
+	Handshakes() (map[wgtypes.Key]kernel.Handshake, error)
 }
 
 // Registry is where records come from and go to; a *registry.Registry.
@@ -109,6 +110,7 @@ type Loop struct {
 	forwarding       string // why packets of others are lost here
 	unfit            string // the pods' links that could not be given the tunnel's MTU
 
+	calls          calls // of the plain machines that enter by this node
 	unreached      unreached
 	nodesUnreached []Unreached // as of the last look at the kernel
 }
@@ -135,6 +137,8 @@ func (l *Loop) Run(ctx context.Context) error {
 	l.publisher = newPublisher(ctx, l.Registry)
 	resync := time.NewTicker(cmp.Or(l.Resync, resyncInterval))
 	defer resync.Stop()
+	listen := time.NewTicker(listenInterval)
+	defer listen.Stop()
 	wake := time.NewTimer(0) // the first pass is due at once
 	due, last := true, time.Time{}
 
@@ -171,6 +175,10 @@ func (l *Loop) Run(ctx context.Context) error {
 		case result := <-l.publisher.results:
 			l.hearPublished(result)
 			l.tell()
+		case <-listen.C:
+			if !l.listen() {
+				continue
+			}
 		case <-resync.C:
 			l.resync(ctx)
 		case <-wake.C:
@@ -387,7 +395,10 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 }
 
 func (l *Loop) describeSelf(now time.Time) {
+	carried := l.carried(l.known.Self.Pods, now)
+	l.logCarried(l.entered(), carried)
 	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, Rivals(l.known.Records, l.config.NodeName), l.known.Self, now)
+	l.known.Self.Pods = append(l.known.Self.Pods, carried...)
 }
 
 // manyRefused is how many records that are refused at once are logged: whoever

@@ -79,6 +79,22 @@ func Forgotten(name string, key wgtypes.Key, known store.Known) bool {
 	return ok && revoked == key
 }
 
+// Machines are all that take part, and what each may send and receive for.
+// Endpoints are those that are written as addresses.
+func Machines(c config.Config, records registry.Snapshot) ([]mesh.Node, mesh.Ownership) {
+	var nodes []mesh.Node
+	revoked := map[wgtypes.Key]string{}
+	for _, r := range records.Records() {
+		if key, ok := r.Revoked(); ok {
+			revoked[key] = r.Name
+		}
+		if !r.Left {
+			nodes = append(nodes, node(r, map[string]netip.AddrPort{r.Name: ownEndpoint(r)}))
+		}
+	}
+	return nodes, mesh.Owners(nodes, c.Bounds(), revoked)
+}
+
 func node(r registry.Record, endpoints map[string]netip.AddrPort) mesh.Node {
 	return mesh.Node{
 		Name: r.Name, PublicKey: r.PublicKey, Endpoint: endpoints[r.Name], CallsOnly: len(r.Endpoints) == 0,

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -109,6 +110,7 @@ type fakeKernel struct {
 
 	mu       sync.Mutex
 	underlay kernel.Underlay
+	heard    map[wgtypes.Key]kernel.Handshake
 	observed int         // how often
 	applied  [][]mesh.Op // the calls that had something to do
 	// onObserve and onApply are called before the kernel is; the latter's error
@@ -179,6 +181,12 @@ func (k *fakeKernel) Underlay() (kernel.Underlay, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.underlay, nil
+}
+
+func (k *fakeKernel) Handshakes() (map[wgtypes.Key]kernel.Handshake, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return maps.Clone(k.heard), nil
 }
 
 // MTUOf knows one more interface, of a private network.

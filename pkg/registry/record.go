@@ -158,6 +158,10 @@ func (r Record) Revoked() (wgtypes.Key, bool) {
 	return r.PublicKey, r.Left && r.PublicKey != wgtypes.Key{}
 }
 
+// Enters reports whether the record is of a plain machine that enters by the named
+// node; see mesh.Node.
+func (r Record) Enters(node string) bool { return !r.Left && slices.Contains(r.Via, node) }
+
 func sameClaim(a, b mesh.Claim) bool {
 	return a.Prefix == b.Prefix && mesh.ClaimTime(a.Since).Equal(mesh.ClaimTime(b.Since))
 }

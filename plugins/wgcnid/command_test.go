@@ -73,7 +73,10 @@ func TestHelp(t *testing.T) {
 			}
 		}
 	})
-	if want := []string{"endpoint", "forget", "leave", "nodes", "run", "secret", "secret list", "secret new", "status", "sync", "version"}; !slices.Equal(names, want) {
+	if want := []string{
+		"endpoint", "forget", "leave", "nodes", "peer", "peer add", "peer config", "peer list", "peer remove", "run",
+		"secret", "secret list", "secret new", "status", "sync", "version",
+	}; !slices.Equal(names, want) {
 		t.Errorf("commands %q, want %q", names, want)
 	}
 	for _, flag := range []string{"--config", "--cni-dir", config.DefaultDir} {

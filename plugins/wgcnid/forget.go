@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/registry"
 )
 
 func forgetCommand(o *options) *cobra.Command {
@@ -85,14 +86,20 @@ func (v meshView) unknownNode(name string) error {
 	if err := v.records.Invalid[name]; err != nil {
 		return fmt.Errorf("%q is no node of the mesh: what the registry has under this name is refused: %w", name, err)
 	}
-	nearest, least := "", 1+len(name)/3 // farther off, it would not be a slip of the pen
-	for _, r := range v.records.Records() {
-		if d := levenshtein.ComputeDistance(r.Name, strings.ToLower(name)); !r.Left && d <= least {
-			nearest, least = r.Name, d-1
-		}
-	}
-	if nearest != "" {
-		return fmt.Errorf("no node %q: did you mean %q?", name, nearest)
+	if near := v.nearest(name, func(registry.Record) bool { return true }); near != "" {
+		return fmt.Errorf("no node %q: did you mean %q?", name, near)
 	}
 	return fmt.Errorf("no node %q: `wgcnid nodes` lists all", name)
+}
+
+// nearest returns the name that may be meant, of the records that are asked for;
+// "" if none is near.
+func (v meshView) nearest(name string, asked func(registry.Record) bool) (near string) {
+	least := 1 + len(name)/3 // farther off, it would not be a slip of the pen
+	for _, r := range v.records.Records() {
+		if d := levenshtein.ComputeDistance(r.Name, strings.ToLower(name)); !r.Left && asked(r) && d <= least {
+			near, least = r.Name, d-1
+		}
+	}
+	return near
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ type meshView struct {
 	records  registry.Snapshot // accepted ones; Invalid has those of the registry that are refused
 	stale    []registry.Stale
 	away     error // why the registry cannot be read
+	mtu      int   // of this node's tunnel, in bytes; 0 if not known
 }
 
 // viewMesh reads the mesh. A registry that is away is no error of viewMesh.
@@ -47,7 +49,7 @@ func viewMesh(ctx context.Context, c config.Config) (v meshView, err error) {
 		}
 	}
 	fresh, err := v.registry.Snapshot(ctx)
-	v.self, v.away = known.Self, err
+	v.self, v.mtu, v.away = known.Self, cmp.Or(c.MTU, known.MTU), err
 	v.records, v.stale = registry.Merge(known.Records, fresh)
 	return v, nil
 }

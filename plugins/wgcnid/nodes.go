@@ -80,6 +80,7 @@ type RefusedRecord struct {
 const (
 	nodeSelf      = "this node"
 	nodeMember    = "member"
+	nodePeer      = "peer" // runs nothing but WireGuard; see `wgcnid peer`
 	nodeLeft      = "left"
 	nodeForgotten = "forgotten"   // and its key revoked
 	nodeRevoked   = "key revoked" // a record with the key of a forgotten node: nobody is its peer
@@ -135,6 +136,8 @@ func nodeStatus(r registry.Record, c config.Config, revoked map[wgtypes.Key]bool
 		n.State = nodeLeft
 	case revoked[r.PublicKey]:
 		n.State = nodeRevoked
+	case len(r.Via) > 0:
+		n.State = nodePeer
 	case r.Name == c.NodeName:
 		n.State = nodeSelf
 	}

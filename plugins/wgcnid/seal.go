@@ -13,11 +13,12 @@ import (
 
 // SealStatus says what the registry's records must be sealed with.
 type SealStatus struct {
-	SealedBy        identity.SecretID   `json:"sealedBy"`        // what seals this node's record
-	Accepted        []identity.SecretID `json:"accepted"`        // what may seal the others'
-	AcceptsUnsealed bool                `json:"acceptsUnsealed"` // a record without a seal counts as well
-	Unsealed        []string            `json:"unsealed"`        // the nodes that have such a one
-	Error           string              `json:"error,omitempty"` // why the secrets cannot be read
+	SealedBy        identity.SecretID   `json:"sealedBy"`           // what seals this node's record
+	Accepted        []identity.SecretID `json:"accepted"`           // what may seal the others'
+	AcceptsUnsealed bool                `json:"acceptsUnsealed"`    // a record without a seal counts as well
+	Unsealed        []string            `json:"unsealed"`           // the nodes that have such a one
+	OldPeers        []string            `json:"oldPeers,omitempty"` // plain machines whose keys depend on another secret than SealedBy
+	Error           string              `json:"error,omitempty"`    // why the secrets cannot be read
 }
 
 // takePresharedKeys plans with the preshared keys that the kernel has: without
@@ -57,6 +58,7 @@ func sealStatus(trust registry.Trust, err error, records registry.Snapshot) *Sea
 			s.Unsealed = append(s.Unsealed, r.Name)
 		}
 	}
+	s.OldPeers = behindSecrets(trust, records)
 	return s
 }
 
@@ -78,6 +80,9 @@ func sealNote(s Status) string {
 	}
 	if s.Seal.AcceptsUnsealed {
 		note += "; a record without a seal counts too (\"seal\" is \"preferred\"), not sealed yet: " + names(s.Seal.Unsealed)
+	}
+	if old := behindNote(s.Seal.OldPeers); old != "" {
+		note += "; " + old
 	}
 	return note
 }

@@ -63,7 +63,7 @@ before. wgcnid reads no secret from such a file, and this command writes none to
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			out := cmd.OutOrStdout()
 			if file == "" {
-				if err := notForOthers(out); err != nil {
+				if err := notForOthers(out, "use `wgcnid secret new --file FILE`"); err != nil {
 					return err
 				}
 			}
@@ -87,8 +87,9 @@ before. wgcnid reads no secret from such a file, and this command writes none to
 	return cmd
 }
 
-// notForOthers refuses to print a secret into a file that others may read.
-func notForOthers(w io.Writer) error {
+// notForOthers refuses to print a secret into a file that others may read, and says
+// what to do instead.
+func notForOthers(w io.Writer, instead string) error {
 	f, ok := w.(*os.File)
 	if !ok {
 		return nil
@@ -98,7 +99,7 @@ func notForOthers(w io.Writer) error {
 		return err
 	}
 	if mode := info.Mode(); mode.IsRegular() && mode.Perm()&0o077 != 0 {
-		return fmt.Errorf("the output is a file that is open to others (mode %04o): use `wgcnid secret new --file FILE`, or run `chmod 600` on it first", mode.Perm())
+		return fmt.Errorf("the output is a file that is open to others (mode %04o): %s, or run `chmod 600` on it first", mode.Perm(), instead)
 	}
 	return nil
 }
@@ -168,6 +169,9 @@ func printSecrets(w io.Writer, v meshView) error {
 	}
 	if err := t.Flush(); err != nil {
 		return err
+	}
+	if note := behindNote(behindSecrets(trust, v.records)); note != "" {
+		fmt.Fprintln(&b, note)
 	}
 	if n := len(v.records.Invalid); n > 0 {
 		fmt.Fprintf(&b, "refused: %d of the records in the registry; `wgcnid nodes` says why\n", n)

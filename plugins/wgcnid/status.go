@@ -107,6 +107,8 @@ type PeerStatus struct {
 	State         string         `json:"state"`
 	// NodeTraffic is what becomes of the traffic between the two machines; "" without encryptNodes.
 	NodeTraffic string `json:"nodeTraffic,omitempty"`
+	// Plain says that it runs nothing but WireGuard; see `wgcnid peer`.
+	Plain bool `json:"plain,omitempty"`
 }
 
 // The states of a peer.
@@ -154,6 +156,9 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 		Helper: reconcile.HelperAlive(c.RunDir), Registry: openStore(c.Registry).String(), Seal: sealStatus(trust, secretsErr, known.Records),
 		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
 		Peers: peerStatuses(outcome, now),
+	}
+	for i, p := range s.Peers {
+		s.Peers[i].Plain = len(known.Records.Nodes[p.Name].Via) > 0
 	}
 	s.Forwarding = reconcile.ForwardingNote(c, known, kernel.Forwards)
 	s.Nodes = nodeTraffic(c, outcome, s.Peers, now)
@@ -239,8 +244,14 @@ const rejoin = "To join again, stop wgcnid, run `wgcnid leave --purge` and start
 
 // verdict answers the one question that people have.
 func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
-	others := fmt.Sprintf("all %d other nodes", len(s.Peers))
-	if len(s.Peers) == 1 {
+	nodes := len(s.Peers)
+	for _, p := range s.Peers {
+		if p.Plain {
+			nodes--
+		}
+	}
+	others := fmt.Sprintf("all %d other nodes", nodes)
+	if nodes == 1 {
 		others = "the other node"
 	}
 	traffic, to := "Pod traffic", "Pod traffic to"
@@ -264,9 +275,9 @@ func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
 		return false, fmt.Sprintf("%s is NOT encrypted: interface %s is missing. Is wgcnid running?", traffic, c.Interface)
 	case len(s.Pending) > 0:
 		return false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs."
-	case len(s.Peers) == 0 && c.Encryption == mesh.Required:
+	case nodes == 0 && c.Encryption == mesh.Required:
 		return true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear."
-	case len(s.Peers) == 0:
+	case nodes == 0:
 		return true, "No other node has joined yet; pod traffic to other nodes flows in the clear (encryption is \"preferred\")."
 	case c.Encryption == mesh.Preferred:
 		return true, fmt.Sprintf("%s %s of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").", to, others)

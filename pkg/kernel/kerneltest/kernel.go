@@ -112,7 +112,7 @@ func (k *Kernel) state() mesh.State {
 
 func cloneFilter(f mesh.Filter) mesh.Filter {
 	f.Cluster, f.Guarded, f.Withheld, f.Local = slices.Clone(f.Cluster), slices.Clone(f.Guarded), slices.Clone(f.Withheld), slices.Clone(f.Local)
-	f.Pods, f.Exempt = slices.Clone(f.Pods), slices.Clone(f.Exempt)
+	f.Pods, f.Exempt, f.Masqueraded = slices.Clone(f.Pods), slices.Clone(f.Exempt), slices.Clone(f.Masqueraded)
 	f.Nodes = cloneNodes(f.Nodes)
 	return f
 }

@@ -67,6 +67,7 @@ func (k *Kernel) printFilter(line func(string, ...any)) {
 	set(line, "local", f.Local)
 	set(line, "pods", f.Pods)
 	set(line, "exempt", f.Exempt)
+	set(line, "masqueraded", f.Masqueraded)
 	if f.Nodes.Mark != 0 {
 		line("nft nodes mark %#x direct %v", f.Nodes.Mark, f.Nodes.DirectPorts)
 		set(line, "own", f.Nodes.Own)
