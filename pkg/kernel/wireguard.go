@@ -65,12 +65,12 @@ func (w *wireguard) configure(name string, c wgtypes.Config) (err error) {
 
 // Handshake is what the interface has heard of a peer.
 type Handshake struct {
-	At       time.Time // of the last one
+	At       time.Time // of the last one; zero if there was none
 	Received int64     // bytes in all, handshakes among them
 }
 
-// Handshakes returns those of the peers that have had one, by public key. Where
-// the interface is missing there are none.
+// Handshakes returns those of all peers, by public key. Where the interface is
+// missing there are none.
 func (k *Kernel) Handshakes() (map[wgtypes.Key]Handshake, error) {
 	d, err := k.wg.device(k.Interface)
 	if errors.Is(err, os.ErrNotExist) {
@@ -81,9 +81,11 @@ func (k *Kernel) Handshakes() (map[wgtypes.Key]Handshake, error) {
 	}
 	out := make(map[wgtypes.Key]Handshake, len(d.Peers))
 	for _, p := range d.Peers {
-		if p.LastHandshakeTime.Unix() > 0 {
-			out[p.PublicKey] = Handshake{p.LastHandshakeTime, p.ReceiveBytes}
+		h := Handshake{Received: p.ReceiveBytes}
+		if p.LastHandshakeTime.Unix() > 0 { // the kernel has 1970 for none
+			h.At = p.LastHandshakeTime
 		}
+		out[p.PublicKey] = h
 	}
 	return out, nil
 }
@@ -132,12 +134,16 @@ func portTaken(err error) bool {
 // when it is switched on, and for that needs a session (set_peer in
 // drivers/net/wireguard/netlink.c; wireguard-go does the same).
 func (k *Kernel) greet(o mesh.Greet) error {
-	for _, interval := range []time.Duration{time.Hour, 0} {
+	return k.setKeepalives(o.Link, o.Peers, time.Hour, 0)
+}
+
+func (k *Kernel) setKeepalives(link string, peers []wgtypes.Key, intervals ...time.Duration) error {
+	for _, interval := range intervals {
 		var c wgtypes.Config
-		for _, key := range o.Peers {
+		for _, key := range peers {
 			c.Peers = append(c.Peers, wgtypes.PeerConfig{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &interval})
 		}
-		if err := k.wg.configure(o.Link, c); err != nil {
+		if err := k.wg.configure(link, c); err != nil {
 			return err
 		}
 	}

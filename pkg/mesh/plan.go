@@ -132,9 +132,9 @@ func (p *Plan) ours(f Facts) map[netip.Prefix]bool {
 }
 
 const (
-	// gatewayKeepalive lets the gateways of a location hear each other, so that one
+	// GatewayKeepalive lets the gateways of a location hear each other, so that one
 	// that is silent is noticed.
-	gatewayKeepalive = 3 * time.Second
+	GatewayKeepalive = 3 * time.Second
 	// natKeepalive keeps the mapping of a NAT alive: those of UDP live for 30 s or
 	// more (RFC 4787 asks for 2 minutes, and few do that). It keeps a session warm
 	// as well.
@@ -157,7 +157,7 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 		case n.Plain(): // it calls the node that is to carry it, and is called by none
 			keepalive = 0
 		case f.Self.Role == RoleGateway && n.Role == RoleGateway && f.Self.Location == n.Location:
-			keepalive = gatewayKeepalive
+			keepalive = GatewayKeepalive
 		case f.Self.CallsOnly, warm && f.Self.warms(n):
 			keepalive = cmp.Or(keepalive, natKeepalive)
 		}

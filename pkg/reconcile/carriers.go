@@ -96,8 +96,8 @@ func (e Entry) carries(r registry.Record, now time.Time) (since time.Time, ok bo
 
 // call returns the last handshake with a machine if it was the machine that began it.
 func (e Entry) call(key wgtypes.Key) (at time.Time, called bool) {
-	last, ok := e.Heard[key]
-	if !ok {
+	last := e.Heard[key]
+	if last.At.IsZero() {
 		return at, false
 	}
 	at = mesh.ClaimTime(last.At)
@@ -150,31 +150,29 @@ func newestClaim(r registry.Record, claims []mesh.Claim) (since time.Time) {
 	return since
 }
 
-// listenInterval is how often an entry node looks who has called it.
-const listenInterval = time.Second
-
 // calls is what WireGuard has heard of its peers, as of the last looks, the last
 // one first. Two looks are compared that have one between them: what arrives may
 // be counted before one, and the handshake be complete after it.
 type calls [3]map[wgtypes.Key]kernel.Handshake
 
-// listen looks who has called, and reports whether that changes what this node
-// carries. Only entry nodes look: WireGuard tells of all its peers or of none.
-func (l *Loop) listen() bool {
-	entry := false
+// isEntry reports whether plain machines enter by this node.
+func (l *Loop) isEntry() bool {
 	for _, r := range l.known.Records.Nodes {
-		entry = entry || r.Enters(l.config.NodeName) && !r.Masqueraded
+		if r.Enters(l.config.NodeName) && !r.Masqueraded {
+			return true
+		}
 	}
-	if !entry {
+	return false
+}
+
+// hearMachines looks who has called, and reports whether that changes what this
+// node carries.
+func (l *Loop) hearMachines(heard map[wgtypes.Key]kernel.Handshake, now time.Time) bool {
+	if !l.isEntry() {
 		l.calls = calls{}
 		return false
 	}
-	heard, err := l.Kernel.Handshakes()
-	if err != nil {
-		return false // the pass says so
-	}
 	l.calls = calls{heard, l.calls[0], l.calls[1]}
-	now := l.Now()
 	return !slices.EqualFunc(l.carried(l.known.Self.Pods, now), l.entered(), func(a, b mesh.Claim) bool {
 		return a.Prefix == b.Prefix && a.Since.Equal(b.Since)
 	})

@@ -42,8 +42,8 @@ const (
 type LoopKernel interface {
 	Kernel
 	UnderlayKernel
+	HearingKernel
 	Watch(context.Context) (<-chan kernel.Event, error)
-	Handshakes() (map[wgtypes.Key]kernel.Handshake, error)
 }
 
 // Registry is where records come from and go to; a *registry.Registry.
@@ -113,6 +113,7 @@ type Loop struct {
 	calls          calls // of the plain machines that enter by this node
 	unreached      unreached
 	nodesUnreached []Unreached // as of the last look at the kernel
+	liveness       *liveness
 }
 
 // Run keeps at it until ctx ends. It then leaves the kernel as it is: traffic
@@ -137,8 +138,8 @@ func (l *Loop) Run(ctx context.Context) error {
 	l.publisher = newPublisher(ctx, l.Registry)
 	resync := time.NewTicker(cmp.Or(l.Resync, resyncInterval))
 	defer resync.Stop()
-	listen := time.NewTicker(listenInterval)
-	defer listen.Stop()
+	look := time.NewTicker(lookInterval)
+	defer look.Stop()
 	wake := time.NewTimer(0) // the first pass is due at once
 	due, last := true, time.Time{}
 
@@ -175,12 +176,12 @@ func (l *Loop) Run(ctx context.Context) error {
 		case result := <-l.publisher.results:
 			l.hearPublished(result)
 			l.tell()
-		case <-listen.C:
+		case <-resync.C:
+			l.resync(ctx)
+		case <-look.C:
 			if !l.listen() {
 				continue
 			}
-		case <-resync.C:
-			l.resync(ctx)
 		case <-wake.C:
 			due = false
 			last = l.Now()
@@ -238,6 +239,7 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 	if l.known.Records.Nodes == nil {
 		l.known.Records = registry.NewSnapshot()
 	}
+	l.liveness = newLiveness(l.known.Self.Silent)
 	if !l.lookBelow() && l.underlay.MTU == 0 && l.config.Endpoint == "" {
 		l.Log.Warn("no default route: this node has no address that others could reach it at", "mend", "set \"endpoint\", unless it lies behind NAT")
 	}
@@ -399,6 +401,9 @@ func (l *Loop) describeSelf(now time.Time) {
 	l.logCarried(l.entered(), carried)
 	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, Rivals(l.known.Records, l.config.NodeName), l.known.Self, now)
 	l.known.Self.Pods = append(l.known.Self.Pods, carried...)
+	if l.config.Role == mesh.RoleGateway {
+		l.known.Self.Silent = l.liveness.silences()
+	}
 }
 
 // manyRefused is how many records that are refused at once are logged: whoever

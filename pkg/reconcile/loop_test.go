@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -309,4 +310,65 @@ func TestDefaultRouteFlaps(t *testing.T) {
 		}
 	}
 	n.holds(plannedAlone)
+}
+
+// A gateway that is not heard is accused in this node's record and in its plan,
+// and that survives a restart of the helper; see TestLiveness for the timing.
+func TestLoopAccusesASilentGateway(t *testing.T) {
+	b := record("b")
+	b.Role = mesh.RoleGateway
+	n := newNode(t, b, record("c"))
+	n.resync = 100 * time.Millisecond
+	begin := time.Now()
+	n.now = func() time.Time { return begin.Add(time.Since(begin) * 5 / 2) } // looks are still less than 3 s apart
+	n.configure(func(c *config.Config) { c.Role = mesh.RoleGateway })
+	n.joins()
+	n.holds("persistent-keepalive 3s")
+	silent := func(r registry.Record) bool { return len(r.Silent) == 1 && r.Silent[0].Node == "b" }
+	said := n.announced("an accusation", silent)
+	if since := n.now().Sub(said.Silent[0].Since); since < 0 || since > patience {
+		t.Errorf("silent since %v", said.Silent[0].Since)
+	}
+	n.kernel.set(func(k *fakeKernel) {
+		if len(k.greeted) < 2 || k.greeted[0] != b.PublicKey || slices.Contains(k.greeted, record("c").PublicKey) {
+			t.Errorf("greeted %v", k.greeted)
+		}
+	})
+	if !strings.Contains(n.log.String(), "not heard any more") {
+		t.Errorf("log:\n%s", n.log)
+	}
+	n.stop()
+	passes := len(n.allReports())
+	n.start()
+	eventually(t, "passes of the next run", func() bool { return len(n.allReports()) > passes+1 })
+	again := n.announced("the accusation, unchanged", silent)
+	if diff := cmp.Diff(said.Silent, again.Silent); diff != "" {
+		t.Errorf("accusation after a restart (-before +after):\n%s", diff)
+	}
+	// Heard again: what keeps coming is counted by looks, of which there is one a second.
+	n.announced("no accusation", func(r registry.Record) bool {
+		n.kernel.Hear(b.PublicKey, 32)
+		return len(r.Silent) == 0
+	})
+}
+
+// A gateway that has lost its own network accuses nobody.
+func TestLoopCutOffAccusesNobody(t *testing.T) {
+	b := record("b")
+	b.Role = mesh.RoleGateway
+	n := newNode(t, b)
+	n.kernel.set(func(k *fakeKernel) { k.cutOff = true })
+	n.resync = 100 * time.Millisecond
+	begin := time.Now()
+	n.now = func() time.Time { return begin.Add(time.Since(begin) * 5 / 2) }
+	n.configure(func(c *config.Config) { c.Role = mesh.RoleGateway })
+	n.joins()
+	eventually(t, "looks of many seconds", func() bool {
+		greetings := 0
+		n.kernel.set(func(k *fakeKernel) { greetings = len(k.greeted) })
+		return greetings > 5
+	})
+	if own, _ := n.registry.own(); len(own.Silent) > 0 {
+		t.Errorf("accused: %v", own.Silent)
+	}
 }

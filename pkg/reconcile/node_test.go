@@ -29,6 +29,7 @@ type testNode struct {
 	log      *logLines
 	key      wgtypes.Key
 	resync   time.Duration // 0: the default
+	now      func() time.Time
 
 	mu        sync.Mutex
 	config    config.Config
@@ -44,7 +45,7 @@ func newNode(t *testing.T, records ...registry.Record) *testNode {
 	t.Helper()
 	return &testNode{
 		t: t, kernel: newKernel(), registry: newRegistry(records...), log: &logLines{}, key: keyA,
-		names: &nameServer{answers: map[string][]netip.Addr{}}, config: testConfig(t),
+		names: &nameServer{answers: map[string][]netip.Addr{}}, config: testConfig(t), now: time.Now,
 	}
 }
 
@@ -55,7 +56,7 @@ func (n *testNode) loop() *reconcile.Loop {
 			defer n.mu.Unlock()
 			return n.config, nil
 		},
-		Key: n.key, Kernel: n.kernel, Registry: n.registry, Now: time.Now, Log: n.log.logger(), Resync: n.resync,
+		Key: n.key, Kernel: n.kernel, Registry: n.registry, Now: n.now, Log: n.log.logger(), Resync: n.resync,
 		Resolver: &reconcile.Resolver{Lookup: n.names.lookup},
 		Adopt: func(config.Config) ([]store.Attachment, error) {
 			n.mu.Lock()

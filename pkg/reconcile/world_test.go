@@ -113,6 +113,8 @@ type fakeKernel struct {
 	heard    map[wgtypes.Key]kernel.Handshake
 	observed int         // how often
 	applied  [][]mesh.Op // the calls that had something to do
+	greeted  []wgtypes.Key
+	cutOff   bool
 	// onObserve and onApply are called before the kernel is; the latter's error
 	// is Apply's.
 	onObserve func()
@@ -183,10 +185,31 @@ func (k *fakeKernel) Underlay() (kernel.Underlay, error) {
 	return k.underlay, nil
 }
 
+// Handshakes are those that the test says there were, and the bytes that the
+// kernel below has counted.
 func (k *fakeKernel) Handshakes() (map[wgtypes.Key]kernel.Handshake, error) {
+	received, err := k.Received()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return maps.Clone(k.heard), nil
+	out := map[wgtypes.Key]kernel.Handshake{}
+	for peer, bytes := range received {
+		out[peer] = kernel.Handshake{Received: bytes}
+	}
+	maps.Copy(out, k.heard)
+	return out, err
+}
+
+func (k *fakeKernel) Uplink() (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return !k.cutOff, nil
+}
+
+func (k *fakeKernel) Greet(peers []wgtypes.Key, _ time.Duration) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.greeted = append(k.greeted, peers...)
+	return nil
 }
 
 // MTUOf knows one more interface, of a private network.

@@ -74,7 +74,7 @@ func TestHelp(t *testing.T) {
 		}
 	})
 	if want := []string{
-		"endpoint", "forget", "leave", "nodes", "peer", "peer add", "peer config", "peer list", "peer remove", "run",
+		"endpoint", "forget", "graph", "leave", "nodes", "peer", "peer add", "peer config", "peer list", "peer remove", "run",
 		"secret", "secret list", "secret new", "status", "sync", "version",
 	}; !slices.Equal(names, want) {
 		t.Errorf("commands %q, want %q", names, want)

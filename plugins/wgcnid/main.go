@@ -74,7 +74,7 @@ configuration list; a machine with no CNI gives that entry in a file of its own.
 	root.PersistentFlags().StringVar(&o.configFile, "config", "", "conflist, or a bare wgcni entry (default: the first conflist in --cni-dir that chains wgcni)")
 	root.PersistentFlags().StringVar(&o.cniDir, "cni-dir", config.DefaultDir, "folder of the CNI network configurations")
 	root.AddCommand(
-		runCommand(&o), syncCommand(&o), statusCommand(&o), nodesCommand(&o), leaveCommand(&o), forgetCommand(&o),
+		runCommand(&o), syncCommand(&o), statusCommand(&o), nodesCommand(&o), graphCommand(&o), leaveCommand(&o), forgetCommand(&o),
 		peerCommand(&o), secretCommand(&o), endpointCommand(&o), versionCommand(), tunnelCommand(),
 	)
 	return root

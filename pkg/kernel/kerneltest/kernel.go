@@ -10,6 +10,7 @@ package kerneltest
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -164,6 +165,31 @@ func (k *Kernel) Roam(peer wgtypes.Key, endpoint netip.AddrPort, at time.Time) {
 		p.Endpoint, p.LastHandshake = endpoint, at
 		k.peers[peer] = p
 	}
+}
+
+// Hear lets that many bytes more have come from a peer. It does nothing where
+// there is no such peer.
+func (k *Kernel) Hear(peer wgtypes.Key, bytes int64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if p, ok := k.peers[peer]; ok {
+		p.ReceiveBytes += bytes
+		k.peers[peer] = p
+	}
+}
+
+// Received is how many bytes have come from each peer. It fails without a link.
+func (k *Kernel) Received() (map[wgtypes.Key]int64, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.link.Name == "" {
+		return nil, os.ErrNotExist
+	}
+	out := map[wgtypes.Key]int64{}
+	for key, p := range k.peers {
+		out[key] = p.ReceiveBytes
+	}
+	return out, nil
 }
 
 // dropLink removes the link with all that depends on it.

@@ -1,0 +1,242 @@
+// Package graph draws a mesh: as DOT for Graphviz, as Mermaid, and as SVG.
+//
+// It is pure. New turns the nodes into a Graph, which also is the JSON form, and
+// the writers turn that into text. Everything is sorted: equal nodes give
+// byte-equal pictures.
+package graph
+
+import (
+	"cmp"
+	"slices"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+)
+
+// Graph is what there is to draw.
+type Graph struct {
+	Self      string     `json:"self,omitempty"` // the machine that draws; may be among none
+	Locations []Location `json:"locations"`      // by name
+	// Edges are the tunnels by which traffic goes, but for those inside of Meshes.
+	Edges []Edge `json:"edges"`
+	// Meshes are machines that are too many for single lines, each of which has a
+	// tunnel to each other.
+	Meshes []Mesh `json:"meshes,omitempty"`
+	// Apart are the machines that share a segment and cannot talk all the same, but
+	// for those that can talk to nobody.
+	Apart []Apart `json:"apart,omitempty"`
+}
+
+// Location is where machines stand. The name of one of them is empty.
+type Location struct {
+	Name     string    `json:"name"`
+	Machines []Machine `json:"machines"` // gateways, nodes, spokes, plain peers; each by name
+}
+
+// The kinds of machines.
+const (
+	KindGateway = "gateway"
+	KindNode    = "node"
+	KindSpoke   = "spoke"
+	KindPeer    = "peer" // it runs nothing but WireGuard
+)
+
+// Machine is one of them.
+type Machine struct {
+	Name string `json:"name"`
+	Kind string `json:"kind"`
+	// Active says of a gateway that it carries its location's traffic now.
+	Active bool `json:"active,omitempty"`
+	// Silent says of a gateway that another one does not hear it.
+	Silent bool `json:"silent,omitempty"`
+	// CallsOnly says that it is behind NAT.
+	CallsOnly bool     `json:"callsOnly,omitempty"`
+	Segments  []string `json:"segments,omitempty"`
+	// Via is who carries a plain peer now, "" if nobody does.
+	Via string `json:"via,omitempty"`
+	// Alone says why it can talk to nobody, of those with whom it shares a segment.
+	Alone string `json:"alone,omitempty"`
+}
+
+// Edge joins two machines, the lesser name first.
+type Edge struct {
+	From string `json:"from"`
+	To   string `json:"to"`
+}
+
+// Mesh is a set of machines, by name.
+type Mesh struct {
+	Machines []string `json:"machines"`
+}
+
+// Apart are two machines, the lesser name first.
+type Apart struct {
+	Edge
+	Why string `json:"why"`
+}
+
+// few is up to how many machines that all talk to each other have a line each.
+const few = 6
+
+// New arranges the nodes of a mesh. Carrier says which node carries each plain
+// peer, as mesh.Ownership does.
+func New(nodes []mesh.Node, carrier map[string]string, self string) Graph {
+	nodes = slices.SortedFunc(slices.Values(nodes), func(a, b mesh.Node) int { return cmp.Compare(a.Name, b.Name) })
+	t := mesh.NewTopology(nodes, carrier)
+	g := Graph{Self: self, Edges: []Edge{}, Locations: locations(nodes, t, carrier)}
+	l := newLinks(nodes, t)
+	g.Meshes = l.meshes(nodes)
+	for i, a := range nodes {
+		for j := i + 1; j < len(nodes); j++ {
+			b := nodes[j]
+			if why := ""; l.direct[i][j] {
+				if !l.covered[i][j] {
+					g.Edges = append(g.Edges, Edge{a.Name, b.Name})
+				}
+			} else if why = t.WhyNot(a.Name, b.Name); why != "" {
+				g.Apart = append(g.Apart, Apart{Edge{a.Name, b.Name}, why})
+			}
+		}
+	}
+	g.findAlone()
+	return g
+}
+
+// findAlone has one word for what else would be a fault with each other machine.
+func (g *Graph) findAlone() {
+	talks, alone := map[string]bool{}, map[string]string{}
+	for _, e := range g.Edges {
+		talks[e.From], talks[e.To] = true, true
+	}
+	for _, m := range g.Meshes {
+		for _, name := range m.Machines {
+			talks[name] = true
+		}
+	}
+	g.Apart = slices.DeleteFunc(g.Apart, func(a Apart) bool {
+		for _, name := range []string{a.From, a.To} {
+			if !talks[name] && alone[name] == "" {
+				alone[name] = a.Why
+			}
+		}
+		return alone[a.From] != "" || alone[a.To] != ""
+	})
+	for _, l := range g.Locations {
+		for i := range l.Machines {
+			l.Machines[i].Alone = alone[l.Machines[i].Name]
+		}
+	}
+}
+
+func locations(nodes []mesh.Node, t mesh.Topology, carrier map[string]string) []Location {
+	at, silent := map[string]string{}, map[string]bool{}
+	for _, n := range nodes {
+		at[n.Name] = n.Location
+		for _, s := range n.Silent {
+			silent[s.Node] = true
+		}
+	}
+	by := map[string][]Machine{}
+	for _, n := range nodes {
+		m := Machine{Name: n.Name, Kind: KindNode, CallsOnly: n.CallsOnly, Segments: n.Segments, Silent: silent[n.Name] && n.Role == mesh.RoleGateway}
+		where := n.Location
+		switch {
+		case n.Plain():
+			m.Kind, m.Via, m.Silent = KindPeer, carrier[n.Name], false
+			where = at[cmp.Or(m.Via, n.Via[0])]
+		case n.Role == mesh.RoleGateway:
+			m.Kind, m.Active = KindGateway, t.Gateway(n.Location) == n.Name
+		case n.Role == mesh.RoleSpoke:
+			m.Kind = KindSpoke
+		}
+		by[where] = append(by[where], m)
+	}
+	out := make([]Location, 0, len(by))
+	for name, machines := range by {
+		slices.SortStableFunc(machines, func(a, b Machine) int { return cmp.Compare(rank(a), rank(b)) })
+		out = append(out, Location{name, machines})
+	}
+	slices.SortFunc(out, func(a, b Location) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+func rank(m Machine) int {
+	return slices.Index([]string{KindGateway, KindNode, KindSpoke, KindPeer}, m.Kind)
+}
+
+// links are the tunnels by which traffic goes, by the numbers of their ends.
+type links struct {
+	direct, covered [][]bool
+}
+
+func newLinks(nodes []mesh.Node, t mesh.Topology) links {
+	number := map[string]int{}
+	for i, n := range nodes {
+		number[n.Name] = i
+	}
+	l := links{matrix(len(nodes)), matrix(len(nodes))}
+	for i, n := range nodes {
+		for _, p := range t.Peers(n.Name) {
+			l.direct[i][number[p]] = true
+		}
+	}
+	return l
+}
+
+func matrix(n int) [][]bool {
+	out := make([][]bool, n)
+	for i := range out {
+		out[i] = make([]bool, n)
+	}
+	return out
+}
+
+// meshes finds sets in which all are joined, first those across locations.
+func (l links) meshes(nodes []mesh.Node) (out []Mesh) {
+	var order []int
+	for i, n := range nodes {
+		if !n.Plain() {
+			order = append(order, i)
+		}
+	}
+	across := slices.DeleteFunc(slices.Clone(order), func(i int) bool {
+		return !slices.ContainsFunc(order, func(j int) bool { return l.direct[i][j] && nodes[i].Location != nodes[j].Location })
+	})
+	slices.SortStableFunc(order, func(i, j int) int { return cmp.Compare(nodes[i].Location, nodes[j].Location) })
+	for _, from := range [][]int{across, order} {
+		for found := l.clique(from); found != nil; found = l.clique(from) {
+			m := Mesh{}
+			for _, i := range found {
+				m.Machines = append(m.Machines, nodes[i].Name)
+				for _, j := range found {
+					l.covered[i][j] = i != j
+				}
+			}
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// clique is the first set that saves enough lines, of those that begin with each
+// machine in turn and take what is joined to all so far; sorted.
+func (l links) clique(from []int) []int {
+	for at, first := range from {
+		set, uncovered := []int{first}, 0
+		for _, i := range from[at+1:] {
+			if slices.ContainsFunc(set, func(j int) bool { return !l.direct[i][j] }) {
+				continue
+			}
+			for _, j := range set {
+				if !l.covered[i][j] {
+					uncovered++
+				}
+			}
+			set = append(set, i)
+		}
+		if len(set) > few && uncovered > len(set) {
+			slices.Sort(set)
+			return set
+		}
+	}
+	return nil
+}

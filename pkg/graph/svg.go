@@ -1,0 +1,413 @@
+package graph
+
+import (
+	"encoding/xml"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// style is that of a light background, and of a dark one where the reader has that.
+const style = `
+  text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1c2733 }
+  .background { fill: #ffffff }
+  .title { font-size: 15px; font-weight: 600 }
+  .location { font-size: 14px; font-weight: 600 }
+  .name { font-size: 13px }
+  .small { font-size: 10px; fill: #5d6b7a }
+  .plain { font-size: 12px; fill: #5d6b7a }
+  .fault { font-size: 12px; fill: #c62f3b }
+  .card { fill: #f5f7fa; stroke: #d5dce4 }
+  .panel { fill: #ffffff; stroke: #e3e8ee }
+  .chip { stroke-width: 1.4 }
+  .node { fill: #ffffff; stroke: #9aa8b6 }
+  .gateway { fill: #dbe9ff; stroke: #3b6fb5 }
+  .spoke { fill: #fff6df; stroke: #c79a3a }
+  .peer { fill: #f3edfc; stroke: #8b6cc1 }
+  .self { stroke: #0a8a56; stroke-width: 3.2 }
+  .silent { stroke: #c62f3b; stroke-dasharray: 5 3 }
+  .mark { stroke-width: 1.6 }
+  .standby { fill: none }
+  .line { stroke: #9aa8b6; stroke-width: 1.5; fill: none }
+  .core { stroke: #3b6fb5; stroke-width: 2.4; fill: none }
+  .apart { stroke: #c62f3b; stroke-width: 1.6; stroke-dasharray: 6 5; fill: none }
+  .hub { fill: #5d6b7a }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e3eaf1 }
+    .background { fill: #0f151c }
+    .small, .plain { fill: #9fb0c0 }
+    .fault { fill: #ff7b84 }
+    .card { fill: #17202a; stroke: #2b3947 }
+    .panel { fill: #121a22; stroke: #263340 }
+    .node { fill: #1e2935; stroke: #5c6f82 }
+    .gateway { fill: #17304f; stroke: #6ea8ff }
+    .spoke { fill: #33290f; stroke: #d2a94f }
+    .peer { fill: #2a2140; stroke: #a98be0 }
+    .self { stroke: #37c98b }
+    .silent { stroke: #ff6b74 }
+    .standby { fill: none }
+    .line { stroke: #62768a }
+    .core { stroke: #6ea8ff }
+    .apart { stroke: #ff6b74 }
+    .hub { fill: #9fb0c0 }
+  }
+`
+
+// maxLines is how many pairs that cannot talk have a line, and are named.
+const maxLines = 12
+
+// svg writes elements.
+type svg struct{ strings.Builder }
+
+func (s *svg) add(format string, args ...any) { fmt.Fprintf(s, format+"\n", args...) }
+
+func (s *svg) text(at point, class, anchor, text string) {
+	s.add(`<text class="%s" x="%.1f" y="%.1f" text-anchor="%s">%s</text>`, class, at.x, at.y, anchor, escape(text))
+}
+
+func (s *svg) line(a, b point, class string) {
+	s.add(`<line class="%s" x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f"/>`, class, a.x, a.y, b.x, b.y)
+}
+
+func escape(s string) string {
+	var b strings.Builder
+	_ = xml.EscapeText(&b, []byte(s)) // a Builder does not fail
+	return b.String()
+}
+
+func shorten(s string) string {
+	if utf8.RuneCountInString(s) <= maxName {
+		return s
+	}
+	return string([]rune(s)[:maxName-1]) + "…"
+}
+
+// SVG writes the picture, for light and dark backgrounds.
+func (g Graph) SVG() string {
+	p := g.layout()
+	legend, faults := g.legend(p), g.faults()
+	const margin, header = 24.0, 44.0
+	low, high := p.bounds()
+	width := max(high.x-low.x, 460) + 2*margin
+	rows := legendRows(legend, width-2*margin)
+	for _, f := range faults {
+		width = max(width, 2*margin+6.8*float64(utf8.RuneCountInString(f)))
+	}
+	footer := 8 + 26*float64(len(rows)) + 18*float64(len(faults))
+	height := header + high.y - low.y + footer + margin
+	var s svg
+	s.add(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %.0f %.0f" width="%.0f" height="%.0f">`, width, height, width, height)
+	s.add("<title>%s</title>\n<style>%s</style>", escape(g.title()), style)
+	s.add(`<rect class="background" width="%.0f" height="%.0f"/>`, width, height)
+	s.text(point{margin, 28}, "title", "start", g.title())
+	s.add(`<g transform="translate(%.1f %.1f)">`, width/2-(low.x+high.x)/2, header-low.y)
+	for _, c := range p.cards {
+		c.draw(&s)
+	}
+	g.drawLines(&s, p)
+	for _, c := range p.cards {
+		for _, m := range c.chips {
+			m.draw(&s, g.Self)
+		}
+	}
+	s.add("</g>")
+	y := header + high.y - low.y + 30
+	for _, row := range rows {
+		x := margin
+		for _, item := range row {
+			item.draw(&s, point{x, y})
+			x += item.width()
+		}
+		y += 26
+	}
+	for _, f := range faults {
+		s.text(point{margin, y}, "fault", "start", f)
+		y += 18
+	}
+	s.add("</svg>")
+	return s.String()
+}
+
+func (g Graph) title() string {
+	machines, tunnels := 0, len(g.Edges)
+	seen := map[Edge]bool{}
+	for _, m := range g.Meshes {
+		for i, a := range m.Machines {
+			for _, b := range m.Machines[i+1:] {
+				seen[Edge{a, b}] = true
+			}
+		}
+	}
+	tunnels += len(seen)
+	for _, l := range g.Locations {
+		machines += len(l.Machines)
+	}
+	text := count(machines, "machine") + ", " + count(tunnels, "tunnel")
+	if len(g.Locations) > 1 {
+		text += ", " + count(len(g.Locations), "location")
+	}
+	if g.Self != "" {
+		text += ", as " + shorten(g.Self) + " knows them"
+	}
+	return text
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+func (c *card) draw(s *svg) {
+	s.add(`<rect class="card" x="%.1f" y="%.1f" width="%.1f" height="%.1f" rx="14"/>`, c.at.x-c.w/2, c.at.y-c.h/2, c.w, c.h)
+	// The title is in the corner that no line to the middle passes.
+	title, anchor := point{c.at.x - c.w/2 + cardPadding, c.at.y - c.h/2 + 26}, "start"
+	if c.at.x > 1 {
+		title.x, anchor = c.at.x+c.w/2-cardPadding, "end"
+	}
+	if c.title != "" {
+		s.text(title, "location", anchor, shorten(c.title))
+	}
+	for _, p := range c.panels {
+		s.add(`<rect class="panel" x="%.1f" y="%.1f" width="%.1f" height="%.1f" rx="10"/>`, p.at.x, p.at.y, p.w, p.h)
+		s.text(point{p.at.x + cardPadding/2, p.at.y + 14}, "small", "start", p.caption)
+	}
+}
+
+// drawLines leaves out those inside of a card of rows, whose captions say them.
+func (g Graph) drawLines(s *svg, p picture) {
+	line := func(from, to, class string) {
+		a, b := p.where[from], p.where[to]
+		if a == b && a.rows {
+			return
+		}
+		if class == "" {
+			class = "line"
+			if a != b {
+				class = "core"
+			}
+		}
+		s.line(p.anchor(from), p.anchor(to), class)
+	}
+	for _, m := range g.Meshes {
+		p.drawMesh(s, m)
+	}
+	for _, e := range g.Edges {
+		line(e.From, e.To, "")
+	}
+	if len(g.Apart) <= maxLines {
+		for _, a := range g.Apart {
+			line(a.From, a.To, "apart")
+		}
+	}
+}
+
+// across reports whether a mesh is of several cards.
+func (p picture) across(m Mesh) bool {
+	return slices.ContainsFunc(m.Machines, func(name string) bool { return p.where[name] != p.where[m.Machines[0]] })
+}
+
+func (p picture) hasHub(m Mesh) bool { return p.across(m) || !p.where[m.Machines[0]].rows }
+
+// anchor is where a line from a machine begins: in a card of rows on the side of
+// the middle, so that it leaves the card before it comes to the rows beside.
+func (p picture) anchor(name string) point {
+	at, c := p.chips[name].at, p.where[name]
+	switch {
+	case !c.rows || math.Abs(c.at.x) < 1:
+	case c.at.x > 0:
+		at.x -= p.chips[name].w / 2
+	default:
+		at.x += p.chips[name].w / 2
+	}
+	return at
+}
+
+// drawMesh joins all to a point in their midst.
+func (p picture) drawMesh(s *svg, m Mesh) {
+	if !p.hasHub(m) {
+		return
+	}
+	at, class := point{}, "core"
+	if first := p.where[m.Machines[0]]; !p.across(m) {
+		at, class = first.at, "line"
+		if first.title != "" {
+			at.y += cardTitle / 2
+		}
+	}
+	for _, name := range m.Machines {
+		s.line(at, p.anchor(name), class)
+	}
+	s.add(`<circle class="hub" cx="%.1f" cy="%.1f" r="6"/>`, at.x, at.y)
+}
+
+func (m *chip) draw(s *svg, self string) {
+	class := "chip " + m.Kind
+	if m.Silent || m.Alone != "" {
+		class += " silent"
+	}
+	if m.Name == self {
+		class += " self"
+	}
+	s.add("<g><title>%s</title>", escape(strings.Join(append([]string{m.Name}, m.notes()...), "\n")))
+	s.add(`<rect class="%s" x="%.1f" y="%.1f" width="%.1f" height="%.1f" rx="8"/>`, class, m.at.x-m.w/2, m.at.y-m.h/2, m.w, m.h)
+	left := m.at.x - m.w/2
+	drawMark(s, point{left + 16, m.at.y}, m.Machine)
+	name := point{left + 29, m.at.y + 4.5}
+	if m.note != "" {
+		name.y -= noteHeight / 2
+		s.text(point{name.x, name.y + noteHeight + 1}, "small", "start", m.note)
+	}
+	s.text(name, "name", "start", shorten(m.Name))
+	s.add("</g>")
+}
+
+// drawMark tells the kinds apart without colours.
+func drawMark(s *svg, at point, m Machine) {
+	class := "mark " + m.Kind
+	switch m.Kind {
+	case KindGateway:
+		if !m.Active {
+			class += " standby"
+		}
+		s.add(`<path class="%s" d="M%.1f %.1fl6 -6l6 6l-6 6z" style="%s"/>`, class, at.x-6, at.y, filled(m.Active))
+	case KindSpoke:
+		s.add(`<circle class="%s" cx="%.1f" cy="%.1f" r="5"/>`, class, at.x, at.y)
+		s.line(at, point{at.x - 9, at.y}, class)
+	case KindPeer:
+		s.add(`<rect class="%s" x="%.1f" y="%.1f" width="11" height="8" rx="1"/>`, class, at.x-5.5, at.y-5)
+		s.line(point{at.x - 8, at.y + 5}, point{at.x + 8, at.y + 5}, class)
+	default:
+		s.add(`<circle class="%s" cx="%.1f" cy="%.1f" r="5"/>`, class, at.x, at.y)
+	}
+}
+
+func filled(active bool) string {
+	if active {
+		return "fill: #3b6fb5"
+	}
+	return ""
+}
+
+// shortNote is what the mark does not say.
+func shortNote(m Machine) string {
+	var out []string
+	switch {
+	case m.Silent:
+		out = append(out, "not heard")
+	case m.Kind == KindGateway && !m.Active:
+		out = append(out, "standing by")
+	case m.Kind == KindPeer && m.Via == "":
+		out = append(out, "never seen")
+	case m.Kind == KindPeer:
+		out = append(out, "by "+shorten(m.Via))
+	}
+	if m.CallsOnly && m.Kind != KindPeer {
+		out = append(out, "NAT")
+	}
+	if m.Alone != "" {
+		out = append(out, "talks to nobody")
+	}
+	switch n := len(m.Segments); {
+	case n > 3:
+		out = append(out, fmt.Sprintf("in %s and %d more", strings.Join(m.Segments[:2], ", "), n-2))
+	case n > 0:
+		out = append(out, "in "+strings.Join(m.Segments, ", "))
+	}
+	return strings.Join(out, " · ")
+}
+
+// item is a line of the legend.
+type item struct {
+	text, line string // line: its class
+	machine    Machine
+	self       bool
+}
+
+func (i item) width() float64 { return 50 + 6.7*float64(utf8.RuneCountInString(i.text)) }
+
+func (i item) draw(s *svg, at point) {
+	mark := point{at.x + 12, at.y - 4}
+	switch {
+	case i.line == "hub":
+		s.add(`<circle class="hub" cx="%.1f" cy="%.1f" r="6"/>`, mark.x, mark.y)
+	case i.line != "":
+		s.line(point{at.x, mark.y}, point{at.x + 24, mark.y}, i.line)
+	case i.self:
+		s.add(`<rect class="chip node self" x="%.1f" y="%.1f" width="22" height="14" rx="5"/>`, at.x+1, mark.y-7)
+	default:
+		drawMark(s, mark, i.machine)
+	}
+	s.text(point{at.x + 30, at.y}, "plain", "start", i.text)
+}
+
+// legend explains what the picture has.
+func (g Graph) legend(p picture) (out []item) {
+	has := map[string]bool{}
+	for _, l := range g.Locations {
+		for _, m := range l.Machines {
+			has[m.Kind] = true
+			has["active"] = has["active"] || m.Active
+			has["standby"] = has["standby"] || m.Kind == KindGateway && !m.Active
+			has["self"] = has["self"] || m.Name == g.Self
+		}
+	}
+	add := func(when bool, i item) {
+		if when {
+			out = append(out, i)
+		}
+	}
+	for _, e := range g.Edges {
+		a, b := p.where[e.From], p.where[e.To]
+		has["core"] = has["core"] || a != b
+		has["line"] = has["line"] || a == b && !a.rows
+	}
+	for _, m := range g.Meshes {
+		has["hub"] = has["hub"] || p.hasHub(m)
+	}
+	add(has["self"], item{text: "this node", self: true})
+	add(has["active"], item{text: "active gateway", machine: Machine{Kind: KindGateway, Active: true}})
+	add(has["standby"], item{text: "other gateway", machine: Machine{Kind: KindGateway}})
+	add(has[KindNode], item{text: "node", machine: Machine{Kind: KindNode}})
+	add(has[KindSpoke], item{text: "spoke", machine: Machine{Kind: KindSpoke}})
+	add(has[KindPeer], item{text: "plain WireGuard peer", machine: Machine{Kind: KindPeer}})
+	add(has["line"], item{text: "tunnel", line: "line"})
+	add(has["core"], item{text: "tunnel between locations", line: "core"})
+	add(has["hub"], item{text: "each with a tunnel to each", line: "hub"})
+	add(len(g.Apart) > 0 && len(g.Apart) <= maxLines, item{text: "cannot talk", line: "apart"})
+	return out
+}
+
+// legendRows breaks the legend into lines of a width.
+func legendRows(items []item, width float64) (rows [][]item) {
+	x := math.Inf(1)
+	for _, i := range items {
+		if x+i.width() > width {
+			rows, x = append(rows, nil), 0
+		}
+		rows[len(rows)-1] = append(rows[len(rows)-1], i)
+		x += i.width()
+	}
+	return rows
+}
+
+// faults names who cannot talk, and why.
+func (g Graph) faults() (out []string) {
+	for _, l := range g.Locations {
+		for _, m := range l.Machines {
+			if m.Alone != "" && len(out) < maxLines {
+				out = append(out, fmt.Sprintf("%s can talk to nobody: %s", shorten(m.Name), m.Alone))
+			}
+		}
+	}
+	for i, a := range g.Apart {
+		if i == maxLines {
+			return append(out, fmt.Sprintf("and %d pairs more that cannot talk", len(g.Apart)-i))
+		}
+		out = append(out, fmt.Sprintf("%s cannot talk to %s: %s", shorten(a.From), shorten(a.To), a.Why))
+	}
+	return out
+}

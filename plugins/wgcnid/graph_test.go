@@ -1,0 +1,92 @@
+package main
+
+import (
+	"encoding/xml"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/registry/registrytest"
+)
+
+// threeMachines has this node, a gateway, a spoke of another location that has none,
+// and two that do not count: one has left, and one has the key of another.
+func threeMachines(t *testing.T) *testMesh {
+	m := newMesh(t, 1)
+	gateway, spoke, copied := registrytest.Record("b", 2), registrytest.Record("c", 3), registrytest.Record("copied", 4)
+	gateway.Place = registry.Place{Location: "east", Role: mesh.RoleGateway}
+	spoke.Place = registry.Place{Location: "west", Role: mesh.RoleSpoke}
+	copied.PublicKey = registrytest.Record("stolen", 1).PublicKey
+	m.publish(registrytest.Record("a", 1), gateway, spoke, copied, tombstone("left", 5), forgotten(registrytest.Record("stolen", 1), 6))
+	return m
+}
+
+func TestGraph(t *testing.T) {
+	m := threeMachines(t)
+	const want = `flowchart LR
+    m0["a"]
+  subgraph location1["east"]
+    m1{{"b<br>gateway"}}
+  end
+  subgraph location2["west"]
+    m2(["c<br>spoke<br>talks to nobody"])
+  end
+  m0 --- m1
+  classDef self stroke:#1f6feb,stroke-width:3px
+  classDef fault stroke-dasharray:4 3
+  class m0 self
+  class m2 fault
+`
+	out, errs, err := m.run("graph", "--format", "mermaid")
+	if diff := cmp.Diff(want, out); diff != "" || errs != "" || err != nil {
+		t.Errorf("%q, %v, (-want +got):\n%s", errs, err, diff)
+	}
+	m.must(os.RemoveAll(filepath.Dir(m.path)))
+	out, errs, err = m.run("graph", "--format", "dot")
+	if !strings.HasPrefix(out, "graph mesh {") || !strings.Contains(errs, "registry is away") || err != nil {
+		t.Errorf("without the registry: %q, %q, %v", out, errs, err)
+	}
+}
+
+func TestGraphFormats(t *testing.T) {
+	m := threeMachines(t)
+	dir := t.TempDir()
+	for file, begins := range map[string]string{
+		"mesh.svg": "<svg ", "mesh.SVG": "<svg ", "mesh": "<svg ", "mesh.dot": "graph mesh {", "mesh.gv": "graph mesh {",
+		"mesh.mmd": "flowchart", "mesh.mermaid": "flowchart", "mesh.json": "{\n",
+	} {
+		path := filepath.Join(dir, file)
+		if out, errs, err := m.run("graph", "--output", path); out != "" || errs != "" || err != nil {
+			t.Errorf("%s: %q, %q, %v", file, out, errs, err)
+		}
+		if text, err := os.ReadFile(path); err != nil || !strings.HasPrefix(string(text), begins) {
+			t.Errorf("%s: %v, %.40q, want %q", file, err, text, begins)
+		}
+	}
+	// What is not a terminal gets SVG; so does a pipe.
+	out, _, err := m.run("graph")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for d := xml.NewDecoder(strings.NewReader(out)); ; {
+		if _, err := d.Token(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("%v in %s", err, out)
+		}
+	}
+	_, _, err = m.run("graph", "--format", "png")
+	if want := `format "png": want svg, dot, mermaid, json`; err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	if _, _, err = m.run("graph", "--output", filepath.Join(dir, "none", "mesh.svg")); err == nil {
+		t.Error("a folder that is not there: no error")
+	}
+}
