@@ -234,10 +234,10 @@ func (c *card) layRows(g Graph, angle float64, alone bool) {
 		p.h = captionSize + float64(rows)*cell.y + chipGap/2
 		members := groups[kind]
 		slices.SortStableFunc(members, func(a, b *chip) int {
-			switch {
-			case a.Active == b.Active:
+			switch a.Active {
+			case b.Active:
 				return 0
-			case a.Active == right:
+			case right:
 				return 1
 			}
 			return -1
