@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 	"github.com/wgcni/wgcni/pkg/store"
 )
@@ -33,7 +34,10 @@ func machineHint(c config.Config, known store.Known) string {
 		return slices.ContainsFunc(c.ExternalCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
 	}
 	if !c.EncryptNodes {
-		if i := slices.IndexFunc(known.Self.Addresses, external); i >= 0 {
+		behind := func(a netip.Addr) bool { // as its bridge's is, which goes by the tunnel
+			return slices.ContainsFunc(known.Self.Prefixes, func(c mesh.Claim) bool { return c.Prefix.Contains(a) })
+		}
+		if i := slices.IndexFunc(known.Self.Addresses, func(a netip.Addr) bool { return external(a) && !behind(a) }); i >= 0 {
 			return fmt.Sprintf("pods reach %s in the clear: set \"encryptNodes\": true", known.Self.Addresses[i])
 		}
 		if len(known.Self.Prefixes) == 0 {

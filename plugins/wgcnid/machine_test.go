@@ -22,7 +22,7 @@ func TestMachineHint(t *testing.T) {
 		want         string
 	}{
 		{"reached at its address", true, registry.Record{Addresses: []netip.Addr{address}, Hosts: claim(address)}, ""},
-		{"subnets only", false, registry.Record{Addresses: []netip.Addr{elsewhere}, Prefixes: subnet}, ""},
+		{"subnets only", false, registry.Record{Addresses: []netip.Addr{elsewhere, netip.MustParseAddr("172.17.0.1")}, Prefixes: subnet}, ""},
 		{
 			"its address is in the clear", false,
 			registry.Record{Addresses: []netip.Addr{elsewhere, address}, Prefixes: subnet},

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -61,6 +62,11 @@ func TestDockerHost(t *testing.T) {
 		}
 	}
 	awaitStatus(t, host, "the nodes", func(s cluster.Status) bool { return s.OK && len(s.Peers) == 2 })
+
+	want := "machine    docker-1, reached at none of its own addresses, subnets behind it 172.17.0.0/16 fd00:172:17::/64\ninterface"
+	if out := run(t, host, bin("wgcnid"), "status"); !strings.Contains(out, want) {
+		t.Errorf("status does not say %q:\n%s", want, out)
+	}
 
 	// Without the rule nobody gets in, as Docker says.
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"regexp"
 	"strings"
@@ -310,6 +311,35 @@ func TestVMInTheNodesNetwork(t *testing.T) {
 	if _, err := cluster.Ping(ctx, b.pods[0], gateways[0], nil); err == nil {
 		t.Error("a pod reaches in the clear what is inside externalCIDRs and no member")
 	}
+	b.mustReachAnother(t)
+}
+
+// mustReachAnother has a second machine join, which the first one reaches by the
+// tunnel, and by ssh without it.
+func (b *vmBed) mustReachAnother(t *testing.T) {
+	t.Helper()
+	other, err := b.AddMachine(t.Context(), "cache")
+	if err != nil {
+		t.Fatal(err)
+	}
+	strict(t, other)
+	serveNode(t, other)
+	stanza := maps.Clone(b.stanza)
+	stanza["nodeName"] = other.Name
+	if err := other.Configure(cluster.NetworkOptions{Example: vmExample + "vm.json", Secrets: b.secrets, Stanza: stanza}); err != nil {
+		t.Fatal(err)
+	}
+	b.helpers = append(b.helpers, startHelper(t, other))
+	awaitNodesEncrypted(t, b.vm, other)
+	capture := watchNodes(t, b.Cluster)
+	for _, pair := range [][2]*cluster.Node{{b.vm, other}, {other, b.vm}} {
+		err := cluster.Poll(t.Context(), "the machines to reach each other", func() error { return reach(t.Context(), pair[0], pair[1], nodeMarker) })
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	mustBeClean(t, capture)
+	mustAnswerSSH(t, "between machines", b.vm, other)
 }
 
 func texts(prefixes []netip.Prefix) (out []string) {
