@@ -47,7 +47,8 @@ type Config struct {
 	// PodCIDRsLater says that flannel is to tell them, and has not yet: its file is
 	// in /run, so that after each boot that takes until flanneld has run.
 	PodCIDRsLater bool
-	// Subnets are announced beside PodCIDRs: what else is behind this machine.
+	// Subnets are announced beside PodCIDRs: what else is behind this machine. A
+	// single address is the machine's own, and stands on its interface.
 	Subnets []netip.Prefix
 
 	Location string

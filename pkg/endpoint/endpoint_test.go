@@ -33,6 +33,7 @@ type names struct {
 	answers map[string][]netip.Addr
 	err     error
 	hang    chan struct{} // until it is closed there is no answer
+	asked   int
 }
 
 func (n *names) set(name string, addrs ...string) {
@@ -55,6 +56,7 @@ func (n *names) fail(err error) {
 
 func (n *names) lookup(ctx context.Context, _, name string) ([]netip.Addr, error) {
 	n.mu.Lock()
+	n.asked++
 	addrs, err, hang := slices.Clone(n.answers[name]), n.err, n.hang
 	n.mu.Unlock()
 	if hang != nil {
@@ -104,7 +106,7 @@ func start(t testing.TB, c Config) *running {
 	before := runtime.NumGoroutine()
 	r := &running{registry: prometheus.NewRegistry(), log: &lockedBuffer{}, done: make(chan struct{})}
 	c.Metrics = NewMetrics(r.registry)
-	c.Log = slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	c.Log = slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: logLevel(t)}))
 	if c.Addresses == nil {
 		c.Addresses = []netip.Addr{loopback4}
 	}
@@ -600,4 +602,12 @@ func TestMetricsAreWellFormed(t *testing.T) {
 	for _, p := range problems {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
+}
+
+// logLevel has tests log everything, and benchmarks what a server logs.
+func logLevel(t testing.TB) slog.Level {
+	if _, ok := t.(*testing.B); ok {
+		return slog.LevelInfo
+	}
+	return slog.LevelDebug
 }

@@ -102,7 +102,7 @@ func TestUDPTargetMoves(t *testing.T) {
 		t.Fatalf("%s answers", got)
 	}
 	n.set("dns.example", "127.0.0.2", "127.0.0.3") // more of them: nobody is disturbed
-	time.Sleep(60 * time.Millisecond)
+	n.awaitAsked(t, 2)
 	if got := ask(t, c, ""); got != "first" {
 		t.Fatalf("%s answers", got)
 	}
@@ -123,6 +123,22 @@ func TestUDPTargetMoves(t *testing.T) {
 	if got := ask(t, c, ""); got != "second" {
 		t.Fatalf("%s answers while the name server is away", got)
 	}
+}
+
+// awaitAsked waits for more questions: of two the first may have been under way.
+func (n *names) awaitAsked(t *testing.T, more int) {
+	t.Helper()
+	n.mu.Lock()
+	before := n.asked
+	n.mu.Unlock()
+	await(t, "the target to be looked up", func() error {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.asked < before+more {
+			return fmt.Errorf("%d times, %d before", n.asked, before)
+		}
+		return nil
+	})
 }
 
 func (r *running) awaitMore(t *testing.T, name string) {

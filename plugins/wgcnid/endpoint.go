@@ -100,7 +100,7 @@ the tunnel is made anew. "wgcnid run" must run beside it.`,
 	flags.StringSliceVar(&f.allow, "allow", nil, "who may call forwards that do not say it: names, addresses, prefixes (default: the mesh)")
 	flags.StringSliceVar(&f.dns, "dns", nil, "name servers to ask in place of those of /etc/resolv.conf, such as the cluster's: ADDRESS or ADDRESS:PORT")
 	flags.BoolVar(&f.proxyProtocol, "proxy-protocol", false, "tell the targets of all tcp forwards who calls")
-	flags.DurationVar(&f.idle, "idle-timeout", endpoint.DefaultIdleTimeout, "reset connections on which nothing moved, either way, for this long")
+	flags.DurationVar(&f.idle, "idle-timeout", endpoint.DefaultIdleTimeout, "reset connections on which nothing moved, either way, for this long; negative: never")
 	flags.DurationVar(&f.udpIdle, "udp-idle-timeout", endpoint.DefaultUDPIdleTimeout, "forget UDP callers that were silent for this long")
 	flags.DurationVar(&f.dial, "dial-timeout", endpoint.DefaultDialTimeout, "how long the target may take to answer")
 	flags.DurationVar(&f.drain, "drain", endpoint.DefaultDrain, "how long connections may go on after SIGTERM")
@@ -172,7 +172,7 @@ func endpointAddresses(texts []string) ([]netip.Addr, error) {
 func endpointInterface(c config.Config, addresses []netip.Addr, forwards []endpoint.Forward) (string, error) {
 	b := c.Bounds()
 	ofMesh := func(a netip.Addr) bool {
-		return slices.ContainsFunc(slices.Concat(b.Cluster, b.External, b.Peer), func(p netip.Prefix) bool { return p.Contains(a) })
+		return slices.ContainsFunc(b.All(), func(p netip.Prefix) bool { return p.Contains(a) })
 	}
 	if !slices.ContainsFunc(addresses, func(a netip.Addr) bool { return !ofMesh(a) }) {
 		return c.Interface, nil

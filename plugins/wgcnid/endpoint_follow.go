@@ -82,7 +82,7 @@ func tunnelAddresses(c config.Config, known store.Known) []netip.Addr {
 	self := mesh.Node{}
 	for _, claim := range known.Self.Prefixes {
 		inside := func(p netip.Prefix) bool { return p.Bits() <= claim.Prefix.Bits() && p.Contains(claim.Prefix.Addr()) }
-		if slices.ContainsFunc(slices.Concat(b.Cluster, b.External), inside) {
+		if slices.ContainsFunc(b.Claimable(), inside) {
 			self.Prefixes = append(self.Prefixes, claim)
 		}
 	}
@@ -134,7 +134,7 @@ func sourcesOf(c config.Config, known store.Known) *endpoint.Sources {
 			}
 		}
 	}
-	return endpoint.NewSources(slices.Concat(b.Cluster, b.External, b.Peer), machines)
+	return endpoint.NewSources(b.All(), machines)
 }
 
 // run serves until ctx ends and the connections have.

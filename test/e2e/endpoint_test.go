@@ -39,13 +39,13 @@ func (n *nameServer) set(a netip.Addr) {
 	n.addr = a
 }
 
-// startNameServer starts one at 127.0.0.1 of a machine.
-func startNameServer(t *testing.T, m *cluster.Node, first netip.Addr) *nameServer {
+// startNameServer starts one at an address of a machine.
+func startNameServer(t *testing.T, m *cluster.Node, at string, first netip.Addr) *nameServer {
 	t.Helper()
 	n := &nameServer{addr: first}
 	var conn net.PacketConn
 	if err := m.Do(func() (err error) {
-		conn, err = net.ListenPacket("udp", "127.0.0.1:53")
+		conn, err = net.ListenPacket("udp", at+":53")
 		return err
 	}); err != nil {
 		t.Fatal(err)
@@ -209,12 +209,13 @@ func (h held) works(t *testing.T) {
 // A machine outside of the cluster reaches a service by name, at one address,
 // while the service's pod moves, the tunnel is made anew, and the endpoint ends.
 func TestEndpoint(t *testing.T) {
+	t.Parallel()
 	m := newMesh(t, 3, 1, cluster.NetworkOptions{})
 	a, outside := m.Nodes[0], m.Nodes[2]
 	first, second := m.pods[0], m.pods[1] // one on the endpoint's own node
 	serve(t, first)
 	serve(t, second)
-	names := startNameServer(t, a, first.IPv4())
+	names := startNameServer(t, a, "127.0.0.1", first.IPv4())
 	if err := a.WriteFile("/etc/resolv.conf", "nameserver 127.0.0.1\n", 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -279,6 +280,7 @@ func TestEndpoint(t *testing.T) {
 
 // What cannot be served is said before anything listens; what is only missing yet is waited for.
 func TestEndpointStart(t *testing.T) {
+	t.Parallel()
 	c := cluster.NewT(t, 1)
 	n := c.Nodes[0]
 	if err := n.Configure(cluster.NetworkOptions{}); err != nil {
