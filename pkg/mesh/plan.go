@@ -148,6 +148,9 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 	at := map[string]int{}
 	p.Peers = make([]Peer, 0, len(nodes))
 	for _, n := range nodes {
+		if n.Plain() && !topology.share(f.Self.Name, n.Name) {
+			continue
+		}
 		warm := topology.warm(f.Self.Name, n.Name)
 		if !warm && topology.Next(f.Self.Name, n.Name) != n.Name && !slices.Contains(n.Via, f.Self.Name) {
 			continue

@@ -271,6 +271,13 @@ func (t *Topology) canCall(a, b int) bool {
 	return a == b || !t.places[a].callsOnly || !t.places[b].callsOnly
 }
 
+// share reports whether a segment is common to both machines.
+func (t Topology) share(name, other string) bool {
+	a, known := t.index[name]
+	b, there := t.index[other]
+	return known && there && t.shareSegment([]int{a, b})
+}
+
 func (t *Topology) shareSegment(hops []int) bool {
 	if len(hops) == 0 {
 		return false
