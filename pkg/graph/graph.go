@@ -7,6 +7,7 @@ package graph
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 
 	"github.com/wgcni/wgcni/pkg/mesh"
@@ -16,6 +17,7 @@ import (
 type Graph struct {
 	Self      string     `json:"self,omitempty"` // the machine that draws; may be among none
 	Locations []Location `json:"locations"`      // by name
+	Tunnels   int        `json:"tunnels"`        // by which traffic goes
 	// Edges are the tunnels by which traffic goes, but for those inside of Meshes.
 	Edges []Edge `json:"edges"`
 	// Meshes are machines that are too many for single lines, each of which has a
@@ -83,17 +85,19 @@ func New(nodes []mesh.Node, carrier map[string]string, self string) Graph {
 	nodes = slices.SortedFunc(slices.Values(nodes), func(a, b mesh.Node) int { return cmp.Compare(a.Name, b.Name) })
 	t := mesh.NewTopology(nodes, carrier)
 	g := Graph{Self: self, Edges: []Edge{}, Locations: locations(nodes, t, carrier)}
-	l := newLinks(nodes, t)
+	l := newLinks(nodes, t, carrier)
 	g.Meshes = l.meshes(nodes)
 	for i, a := range nodes {
 		for j := i + 1; j < len(nodes); j++ {
 			b := nodes[j]
-			if why := ""; l.direct[i][j] {
-				if !l.covered[i][j] {
-					g.Edges = append(g.Edges, Edge{a.Name, b.Name})
-				}
-			} else if why = t.WhyNot(a.Name, b.Name); why != "" {
-				g.Apart = append(g.Apart, Apart{Edge{a.Name, b.Name}, why})
+			if l.direct(i, j) {
+				g.Tunnels++
+			}
+			switch {
+			case l.direct(i, j) && !l.covered[i][j]:
+				g.Edges = append(g.Edges, Edge{a.Name, b.Name})
+			case l.pair(i, j).apart:
+				g.Apart = append(g.Apart, Apart{Edge{a.Name, b.Name}, t.WhyNot(a.Name, b.Name)})
 			}
 		}
 	}
@@ -163,32 +167,56 @@ func rank(m Machine) int {
 	return slices.Index([]string{KindGateway, KindNode, KindSpoke, KindPeer}, m.Kind)
 }
 
-// links are the tunnels by which traffic goes, by the numbers of their ends.
+// links are the tunnels by which traffic goes, by the numbers of their ends. What
+// is between two machines depends on their kinds only, of which there are few
+// however many machines there are.
 type links struct {
-	direct, covered [][]bool
+	kind    []int
+	pairs   [][]pair // by kinds
+	covered [][]bool
+	first   func(i, j int) pair
 }
 
-func newLinks(nodes []mesh.Node, t mesh.Topology) links {
-	number := map[string]int{}
-	for i, n := range nodes {
-		number[n.Name] = i
+// pair is what is between two machines.
+type pair struct{ known, direct, apart bool }
+
+func newLinks(nodes []mesh.Node, t mesh.Topology, carrier map[string]string) links {
+	var l links
+	numbers, carries := map[string]int{}, map[string]bool{}
+	for _, by := range carrier {
+		carries[by] = true
 	}
-	l := links{matrix(len(nodes)), matrix(len(nodes))}
-	for i, n := range nodes {
-		for _, p := range t.Peers(n.Name) {
-			l.direct[i][number[p]] = true
+	for _, n := range nodes {
+		// Gateways, plain peers and who carries these are each of a kind of their own.
+		kind := fmt.Sprintf("%q %q %v %q", n.Location, n.Role, n.CallsOnly, n.Segments)
+		if n.Role == mesh.RoleGateway || n.Plain() || carries[n.Name] {
+			kind = n.Name
 		}
+		if _, known := numbers[kind]; !known {
+			numbers[kind] = len(numbers)
+		}
+		l.kind = append(l.kind, numbers[kind])
+		l.covered = append(l.covered, make([]bool, len(nodes)))
+	}
+	for range numbers {
+		l.pairs = append(l.pairs, make([]pair, len(numbers)))
+	}
+	l.first = func(i, j int) pair {
+		a, b := nodes[i].Name, nodes[j].Name
+		return pair{known: true, direct: t.Next(a, b) == b, apart: t.WhyNot(a, b) != ""}
 	}
 	return l
 }
 
-func matrix(n int) [][]bool {
-	out := make([][]bool, n)
-	for i := range out {
-		out[i] = make([]bool, n)
+func (l links) pair(i, j int) pair {
+	p := &l.pairs[l.kind[i]][l.kind[j]]
+	if !p.known {
+		*p = l.first(i, j)
 	}
-	return out
+	return *p
 }
+
+func (l links) direct(i, j int) bool { return i != j && l.pair(i, j).direct }
 
 // meshes finds sets in which all are joined, first those across locations.
 func (l links) meshes(nodes []mesh.Node) (out []Mesh) {
@@ -199,7 +227,7 @@ func (l links) meshes(nodes []mesh.Node) (out []Mesh) {
 		}
 	}
 	across := slices.DeleteFunc(slices.Clone(order), func(i int) bool {
-		return !slices.ContainsFunc(order, func(j int) bool { return l.direct[i][j] && nodes[i].Location != nodes[j].Location })
+		return !slices.ContainsFunc(order, func(j int) bool { return l.direct(i, j) && nodes[i].Location != nodes[j].Location })
 	})
 	slices.SortStableFunc(order, func(i, j int) int { return cmp.Compare(nodes[i].Location, nodes[j].Location) })
 	for _, from := range [][]int{across, order} {
@@ -221,9 +249,12 @@ func (l links) meshes(nodes []mesh.Node) (out []Mesh) {
 // machine in turn and take what is joined to all so far; sorted.
 func (l links) clique(from []int) []int {
 	for at, first := range from {
+		if l.uncovered(first, from) <= few/2 { // it saves nothing here
+			continue
+		}
 		set, uncovered := []int{first}, 0
 		for _, i := range from[at+1:] {
-			if slices.ContainsFunc(set, func(j int) bool { return !l.direct[i][j] }) {
+			if slices.ContainsFunc(set, func(j int) bool { return !l.direct(i, j) }) {
 				continue
 			}
 			for _, j := range set {
@@ -239,4 +270,14 @@ func (l links) clique(from []int) []int {
 		}
 	}
 	return nil
+}
+
+// uncovered counts the tunnels of a machine that are in no mesh.
+func (l links) uncovered(i int, to []int) (n int) {
+	for _, j := range to {
+		if l.direct(i, j) && !l.covered[i][j] {
+			n++
+		}
+	}
+	return n
 }

@@ -117,7 +117,7 @@ func TestNothing(t *testing.T) {
 	g := graph.New(nil, nil, "")
 	parse(t, g.SVG())
 	text, err := json.Marshal(g)
-	if diff := cmp.Diff(`{"locations":[],"edges":[]}`, string(text)); diff != "" || err != nil {
+	if diff := cmp.Diff(`{"locations":[],"tunnels":0,"edges":[]}`, string(text)); diff != "" || err != nil {
 		t.Error(diff, err)
 	}
 	if want := "flowchart LR\n"; !strings.HasPrefix(g.Mermaid(), want) || !strings.HasPrefix(g.DOT(), "graph mesh {") {
@@ -325,8 +325,25 @@ func TestEveryTunnelIsDrawn(t *testing.T) {
 				want[graph.Edge{From: min(n.Name, p), To: max(n.Name, p)}] = true
 			}
 		}
-		if diff := cmp.Diff(want, drawn); diff != "" {
-			t.Fatalf("world %d (-want +got):\n%s", i, diff)
+		if diff := cmp.Diff(want, drawn); diff != "" || g.Tunnels != len(want) {
+			t.Fatalf("world %d, %d tunnels (-want +got):\n%s", i, g.Tunnels, diff)
+		}
+		apart, alone := map[graph.Edge]string{}, map[string]bool{}
+		for _, a := range g.Apart {
+			apart[a.Edge] = a.Why
+		}
+		for _, l := range g.Locations {
+			for _, m := range l.Machines {
+				alone[m.Name] = m.Alone != ""
+			}
+		}
+		for _, a := range nodes {
+			for _, b := range nodes {
+				e := graph.Edge{From: min(a.Name, b.Name), To: max(a.Name, b.Name)}
+				if why := top.WhyNot(e.From, e.To); apart[e] != why && !alone[a.Name] && !alone[b.Name] {
+					t.Fatalf("world %d: %v cannot talk since %q, want %q", i, e, apart[e], why)
+				}
+			}
 		}
 	}
 }

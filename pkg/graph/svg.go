@@ -131,20 +131,11 @@ func (g Graph) SVG() string {
 }
 
 func (g Graph) title() string {
-	machines, tunnels := 0, len(g.Edges)
-	seen := map[Edge]bool{}
-	for _, m := range g.Meshes {
-		for i, a := range m.Machines {
-			for _, b := range m.Machines[i+1:] {
-				seen[Edge{a, b}] = true
-			}
-		}
-	}
-	tunnels += len(seen)
+	machines := 0
 	for _, l := range g.Locations {
 		machines += len(l.Machines)
 	}
-	text := count(machines, "machine") + ", " + count(tunnels, "tunnel")
+	text := count(machines, "machine") + ", " + count(g.Tunnels, "tunnel")
 	if len(g.Locations) > 1 {
 		text += ", " + count(len(g.Locations), "location")
 	}

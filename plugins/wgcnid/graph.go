@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -117,7 +118,16 @@ func drawMesh(c config.Config, v meshView) graph.Graph {
 	nodes := append(slices.Clone(f.Nodes), f.Self)
 	owners := mesh.Owners(nodes, f.Bounds(), f.Revoked)
 	nodes = slices.DeleteFunc(nodes, func(n mesh.Node) bool { return owners.Refused[n.Name] })
-	return graph.New(nodes, owners.Carrier, c.NodeName)
+	carrier := maps.Clone(owners.Carrier)
+	if carrier == nil {
+		carrier = map[string]string{}
+	}
+	for _, n := range nodes {
+		if n.Masqueraded { // nobody claims its addresses: its entry node alone knows them
+			carrier[n.Name] = n.Via[0]
+		}
+	}
+	return graph.New(nodes, carrier, c.NodeName)
 }
 
 func graphText(g graph.Graph, format string) (string, error) {

@@ -23,8 +23,10 @@ func threeMachines(t *testing.T) *testMesh {
 	gateway, spoke, copied := registrytest.Record("b", 2), registrytest.Record("c", 3), registrytest.Record("copied", 4)
 	gateway.Place = registry.Place{Location: "east", Role: mesh.RoleGateway}
 	spoke.Place = registry.Place{Location: "west", Role: mesh.RoleSpoke}
+	hidden := registrytest.Record("hidden", 7)
+	hidden.Pods, hidden.Hosts, hidden.Place = nil, nil, registry.Place{Via: []string{"b"}, Masqueraded: true}
 	copied.PublicKey = registrytest.Record("stolen", 1).PublicKey
-	m.publish(registrytest.Record("a", 1), gateway, spoke, copied, tombstone("left", 5), forgotten(registrytest.Record("stolen", 1), 6))
+	m.publish(registrytest.Record("a", 1), gateway, spoke, hidden, copied, tombstone("left", 5), forgotten(registrytest.Record("stolen", 1), 6))
 	return m
 }
 
@@ -34,15 +36,17 @@ func TestGraph(t *testing.T) {
     m0["a"]
   subgraph location1["east"]
     m1{{"b<br>gateway"}}
+    m2>"hidden<br>peer by b"]
   end
   subgraph location2["west"]
-    m2(["c<br>spoke<br>talks to nobody"])
+    m3(["c<br>spoke<br>talks to nobody"])
   end
   m0 --- m1
+  m1 --- m2
   classDef self stroke:#1f6feb,stroke-width:3px
   classDef fault stroke-dasharray:4 3
   class m0 self
-  class m2 fault
+  class m3 fault
 `
 	out, errs, err := m.run("graph", "--format", "mermaid")
 	if diff := cmp.Diff(want, out); diff != "" || errs != "" || err != nil {
