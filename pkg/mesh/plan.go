@@ -148,7 +148,10 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 	at := map[string]int{}
 	p.Peers = make([]Peer, 0, len(nodes))
 	for _, n := range nodes {
-		if n.Plain() && !topology.share(f.Self.Name, n.Name) {
+		if slices.Contains(n.Via, f.Self.Name) && !n.Masqueraded && !MayCarry(f.Self.Segments, n.Segments) {
+			p.Conflicts = append(p.Conflicts, Conflict{
+				Node: n.Name, What: "entry by " + f.Self.Name, Reason: "this node is in a segment that the machine is not in, and would let others of that segment in to it",
+			})
 			continue
 		}
 		warm := topology.warm(f.Self.Name, n.Name)

@@ -13,7 +13,7 @@ import (
 // them carries what enters and leaves it: the first by name that is not
 // silenced. A spoke talks to that gateway only. Two machines that can only call
 // others meet at a gateway that can be called. A plain machine hangs at the node
-// that carries it:
+// that carries it, if it is in all segments of that:
 //
 //	laptop --- a1 --- gateway a === gateway b --- b1      (locations a and b)
 //	                        \       /
@@ -41,6 +41,24 @@ const nowhere = -1
 // everyone is the segment of the machines that name none.
 var everyone = []string{""}
 
+func orEveryone(segments []string) []string {
+	if len(segments) == 0 {
+		return everyone
+	}
+	return segments
+}
+
+// MayCarry reports whether a node with these segments may carry a plain machine
+// with those: it has to be in all of the node's. The machine has no plan that could
+// refuse what comes, and no need of one then: whatever the node lets in may talk to
+// the machine as well.
+func MayCarry(node, machine []string) bool { return covered(orEveryone(node), orEveryone(machine)) }
+
+// covered reports whether all of the segments are among the others.
+func covered(segments, others []string) bool {
+	return !slices.ContainsFunc(segments, func(s string) bool { return !slices.Contains(others, s) })
+}
+
 // NewTopology arranges the machines, whose names must differ. Carrier says, by
 // name, which node carries each plain machine.
 func NewTopology(nodes []Node, carrier map[string]string) Topology {
@@ -52,9 +70,7 @@ func NewTopology(nodes []Node, carrier map[string]string) Topology {
 			name: n.Name, location: n.Location, role: n.Role, callsOnly: n.CallsOnly,
 			plain: n.Plain(), carrier: nowhere, segments: n.Segments,
 		}
-		if len(p.segments) == 0 {
-			p.segments = everyone
-		}
+		p.segments = orEveryone(p.segments)
 		t.places[i] = p
 	}
 	slices.SortFunc(t.places, func(a, b place) int { return cmp.Compare(a.name, b.name) })
@@ -63,7 +79,8 @@ func NewTopology(nodes []Node, carrier map[string]string) Topology {
 	}
 	for plain, by := range carrier {
 		i, known := t.index[plain]
-		if c, there := t.index[by]; known && there && t.places[i].plain && !t.places[c].plain {
+		c, there := t.index[by]
+		if known && there && t.places[i].plain && !t.places[c].plain && covered(t.places[c].segments, t.places[i].segments) {
 			t.places[i].carrier = c
 		}
 	}
@@ -269,13 +286,6 @@ func (t *Topology) up(i int) int {
 // canCall reports whether one of the two can call the other.
 func (t *Topology) canCall(a, b int) bool {
 	return a == b || !t.places[a].callsOnly || !t.places[b].callsOnly
-}
-
-// share reports whether a segment is common to both machines.
-func (t Topology) share(name, other string) bool {
-	a, known := t.index[name]
-	b, there := t.index[other]
-	return known && there && t.shareSegment([]int{a, b})
 }
 
 func (t *Topology) shareSegment(hops []int) bool {

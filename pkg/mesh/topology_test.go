@@ -333,10 +333,31 @@ func (o oracle) path(from, to string) []string {
 	return nil
 }
 
+// carriedBy is the node that a plain machine hangs at: it has no segment that the
+// machine has not.
+func (o oracle) carriedBy(n mesh.Node) string {
+	by := o.carrier[n.Name]
+	if by == "" {
+		return ""
+	}
+	inSegments := func(n mesh.Node) []string {
+		if len(n.Segments) == 0 {
+			return []string{""}
+		}
+		return n.Segments
+	}
+	for _, s := range inSegments(o.named(by)) {
+		if !slices.Contains(inSegments(n), s) {
+			return ""
+		}
+	}
+	return by
+}
+
 func (o oracle) plainPath(a, b mesh.Node) []string {
 	carrier := func(n mesh.Node) string {
 		if n.Plain() {
-			return o.carrier[n.Name]
+			return o.carriedBy(n)
 		}
 		return n.Name
 	}

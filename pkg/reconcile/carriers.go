@@ -22,6 +22,7 @@ const callBytes = 148
 // Entry is what a node's claims for the plain machines that enter by it depend on.
 type Entry struct {
 	Name      string // this node's
+	Segments  []string
 	PeerCIDRs []netip.Prefix
 	Records   registry.Snapshot
 	// Heard is what WireGuard has heard of its peers, and HeardBefore the same two
@@ -56,7 +57,7 @@ func (e Entry) Carried(now time.Time) []mesh.Claim {
 		}
 	}
 	for _, r := range e.Records.Nodes {
-		if !r.Enters(e.Name) || r.Masqueraded || revoked[r.PublicKey] {
+		if !r.Enters(e.Name) || r.Masqueraded || revoked[r.PublicKey] || !mesh.MayCarry(e.Segments, r.Segments) {
 			continue
 		}
 		since, ok := e.carries(r, now)
@@ -129,7 +130,7 @@ func (e Entry) rival(r registry.Record) (since time.Time, by string) {
 func (e Entry) first(r registry.Record) (name string, ok bool) {
 	i := slices.IndexFunc(r.Via, func(name string) bool {
 		n, known := e.Records.Nodes[name]
-		return name == e.Name || known && !n.Left
+		return name == e.Name || known && !n.Left && mesh.MayCarry(n.Segments, r.Segments)
 	})
 	if i < 0 {
 		return "", false
@@ -181,7 +182,7 @@ func (l *Loop) hearMachines(heard map[wgtypes.Key]kernel.Handshake, now time.Tim
 // carried returns this node's claims for plain machines, those before among them.
 func (l *Loop) carried(before []mesh.Claim, now time.Time) []mesh.Claim {
 	return Entry{
-		Name: l.config.NodeName, PeerCIDRs: l.config.PeerCIDRs, Records: l.known.Records,
+		Name: l.config.NodeName, Segments: l.config.Segments, PeerCIDRs: l.config.PeerCIDRs, Records: l.known.Records,
 		Heard: l.calls[0], HeardBefore: l.calls[2], Before: before,
 	}.Carried(now)
 }

@@ -215,8 +215,8 @@ func (v meshView) newPeer(c config.Config, name string, key wgtypes.Key, a peerA
 	}
 	for _, e := range entries {
 		r.Via = append(r.Via, e.Name)
-		if !a.nat && !shareSegment(r.Segments, e.Segments) {
-			return r, fmt.Errorf("--via: %s and %s are in no common segment, so that nothing would pass: choose another node, or other segments (%s has %s)", name, e.Name, e.Name, segmentNames(e.Segments))
+		if !a.nat && !mesh.MayCarry(e.Segments, r.Segments) {
+			return r, fmt.Errorf("--via: %s is in segments that %s is not in (it has %s), and would let others of them in to it: choose another node, or add them with --segment", e.Name, name, segmentNames(e.Segments))
 		}
 	}
 	switch {
@@ -239,13 +239,6 @@ func (v meshView) nameFree(name string, replace bool) error {
 		return fmt.Errorf("there is a peer %s: print its file again (`wgcnid peer config %s`), remove it (`wgcnid peer remove %s`), or put another in its place (--replace)", name, name, name)
 	}
 	return fmt.Errorf("%s is the name of a node: choose another", name)
-}
-
-func shareSegment(a, b []string) bool {
-	if len(a) == 0 && len(b) == 0 {
-		return true
-	}
-	return slices.ContainsFunc(a, func(s string) bool { return slices.Contains(b, s) })
 }
 
 func segmentNames(segments []string) string {

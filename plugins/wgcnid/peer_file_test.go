@@ -33,7 +33,7 @@ func TestPeerSegments(t *testing.T) {
 		r.Segments, r.Revision = segments, 2
 		m.publish(r)
 	}
-	file := m.addPeer("laptop", "--segment", "lab")
+	file := m.addPeer("laptop", "--segment", "lab", "--via", "b")
 	want := "AllowedIPs = 10.244.1.0/24, 10.244.2.0/24, fd00:244:1::/64, fd00:244:2::/64\n"
 	if !strings.Contains(file, want) || !strings.Contains(file, "print this file again when the mesh has grown") {
 		t.Errorf("want %s in\n%s", want, file)

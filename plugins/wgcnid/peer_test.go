@@ -232,7 +232,7 @@ func TestPeerRefused(t *testing.T) {
 		{"add laptop --via gone", nil, "--via: gone has left the mesh"},
 		{"add laptop --via shy", nil, "--via: shy has no endpoint"},
 		{"add laptop --via a --via a", nil, "--via: a is named twice"},
-		{"add laptop --via a --segment lab", nil, "--via: laptop and a are in no common segment"},
+		{"add laptop --via a --segment lab", nil, "--via: a is in segments that laptop is not in (it has none), and would let others"},
 		{"add laptop --endpoint 203.0.113.1", nil, `record laptop: endpoints[0]: "203.0.113.1": want host:port`},
 		{"add laptop --endpoint 10.244.2.9:51820", nil, "--endpoint: 10.244.2.9:51820 lies inside 10.244.2.0/24 of b"},
 		{"add laptop --subnet 192.168.1.0/24", nil, "--subnet: only with --nat"},
