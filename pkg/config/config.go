@@ -58,7 +58,9 @@ type Config struct {
 	Endpoint string // host:port; empty: found from the default route
 	// CallsOnly says that no endpoint is to be published: the machine is behind NAT.
 	CallsOnly bool
-	Registry  Registry
+	// CalledInside says that only machines of the same location can call it.
+	CalledInside bool
+	Registry     Registry
 
 	// SecretFile has the cluster secrets, see package identity; empty: there are none.
 	SecretFile string
@@ -280,8 +282,12 @@ func checkMark(c *Config, raw rawStanza) error {
 	return nil
 }
 
-// noEndpoint is what a machine behind NAT writes in the place of its endpoint.
-const noEndpoint = "none"
+// What a machine behind NAT writes in the place of its endpoint: nobody can call
+// it, or the machines of its location can, at the address of its default route.
+const (
+	noEndpoint     = "none"
+	insideEndpoint = "location"
+)
 
 func checkEndpoint(c *Config, raw rawStanza) error {
 	if raw.Endpoint == "" {
@@ -289,6 +295,13 @@ func checkEndpoint(c *Config, raw rawStanza) error {
 	}
 	if raw.Endpoint == noEndpoint {
 		c.Endpoint, c.CallsOnly = "", true
+		return nil
+	}
+	if raw.Endpoint == insideEndpoint {
+		if c.Location == "" {
+			return &Error{"endpoint", strconv.Quote(insideEndpoint) + " without a location", `set "location" too, or write "none"`}
+		}
+		c.Endpoint, c.CalledInside = "", true
 		return nil
 	}
 	host, port, err := net.SplitHostPort(raw.Endpoint)

@@ -105,6 +105,7 @@ var wrongs = []wrong{
 	{`{"nodeName": "` + strings.Repeat("a", 254) + `", ` + minimal + `}`, "nodeName", "DNS"},
 	{object(`"endpoint": 51820`), "endpoint", "string"},
 	{object(`"endpoint": "192.0.2.1"`), "endpoint", "host:port"},
+	{object(`"endpoint": "location"`), "endpoint", `set "location" too`},
 	{object(`"endpoint": ":51820"`), "endpoint", "host:port"},
 	{object(`"endpoint": "2001:db8::1:51820"`), "endpoint", "host:port"},
 	{object(`"endpoint": "192.0.2.1:0"`), "endpoint", "1 to 65535"},
@@ -449,6 +450,10 @@ func TestNoEndpoint(t *testing.T) {
 	c, err := Parse([]byte(object(`"endpoint": "none"`)))
 	if err != nil || c.Endpoint != "" || !c.CallsOnly {
 		t.Errorf("%q, calls only: %v, %v", c.Endpoint, c.CallsOnly, err)
+	}
+	c, err = Parse([]byte(object(`"endpoint": "location", "location": "a"`)))
+	if err != nil || c.Endpoint != "" || c.CallsOnly || !c.CalledInside {
+		t.Errorf("%q, calls only: %v, called inside: %v, %v", c.Endpoint, c.CallsOnly, c.CalledInside, err)
 	}
 	if _, err := Parse([]byte(object(`"endpoint": "None"`))); err == nil {
 		t.Error("None is taken for none")

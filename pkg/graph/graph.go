@@ -141,7 +141,7 @@ func locations(nodes []mesh.Node, t mesh.Topology, carrier map[string]string) []
 	}
 	by := map[string][]Machine{}
 	for _, n := range nodes {
-		m := Machine{Name: n.Name, Kind: KindNode, CallsOnly: n.CallsOnly, Segments: n.Segments, Silent: silent[n.Name] && n.Role == mesh.RoleGateway}
+		m := Machine{Name: n.Name, Kind: KindNode, CallsOnly: n.CallsOnly || n.CalledInside, Segments: n.Segments, Silent: silent[n.Name] && n.Role == mesh.RoleGateway}
 		where := n.Location
 		switch {
 		case n.Plain():
@@ -188,7 +188,7 @@ func newLinks(nodes []mesh.Node, t mesh.Topology, carrier map[string]string) lin
 	}
 	for _, n := range nodes {
 		// Gateways, plain peers and who carries these are each of a kind of their own.
-		kind := fmt.Sprintf("%q %q %v %q", n.Location, n.Role, n.CallsOnly, n.Segments)
+		kind := fmt.Sprintf("%q %q %v %q", n.Location, n.Role, n.CallsOnly || n.CalledInside, n.Segments)
 		if n.Role == mesh.RoleGateway || n.Plain() || carries[n.Name] {
 			kind = n.Name
 		}

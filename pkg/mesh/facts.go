@@ -111,6 +111,8 @@ type Node struct {
 	Endpoint netip.AddrPort
 	// CallsOnly says that it has none at all: it stands behind NAT, and can only call others.
 	CallsOnly bool
+	// CalledInside says that only machines of its own location can call it there.
+	CalledInside bool
 	// Prefixes are the node's own pod ranges. Of two nodes that claim the same
 	// addresses the one that has held them longer keeps them.
 	Prefixes []Claim

@@ -164,12 +164,12 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 			keepalive = 0
 		case f.Self.Role == RoleGateway && n.Role == RoleGateway && f.Self.Location == n.Location:
 			keepalive = GatewayKeepalive
-		case f.Self.CallsOnly, warm && f.Self.warms(n):
+		case !n.canCall(f.Self), warm && f.Self.warms(n):
 			keepalive = cmp.Or(keepalive, natKeepalive)
 		}
-		peer := Peer{
-			Name: n.Name, PublicKey: n.PublicKey, PresharedKey: n.PresharedKey,
-			Endpoint: owners.Endpoints[n.Name], Keepalive: keepalive,
+		peer := Peer{Name: n.Name, PublicKey: n.PublicKey, PresharedKey: n.PresharedKey, Keepalive: keepalive}
+		if f.Self.canCall(n) {
+			peer.Endpoint = owners.Endpoints[n.Name]
 		}
 		if n.Masqueraded {
 			masqueraded = append(masqueraded, n)
@@ -184,6 +184,11 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 		p.addMasqueraded(f, &p.Peers[at[n.Name]], n, owners)
 	}
 	return neighbours
+}
+
+// canCall reports whether the other can be called from here, at its endpoint.
+func (n Node) canCall(other Node) bool {
+	return !other.CallsOnly && (!other.CalledInside || n.Location == other.Location)
 }
 
 // warms reports whether it is for this machine, not for the other, to keep the

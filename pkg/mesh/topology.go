@@ -31,6 +31,7 @@ type place struct {
 	name, location string
 	role           Role
 	callsOnly      bool
+	calledInside   bool // its location only
 	plain          bool
 	carrier        int // of a plain machine; none: nowhere
 	segments       []string
@@ -67,7 +68,7 @@ func NewTopology(nodes []Node, carrier map[string]string) Topology {
 	}
 	for i, n := range nodes {
 		p := place{
-			name: n.Name, location: n.Location, role: n.Role, callsOnly: n.CallsOnly,
+			name: n.Name, location: n.Location, role: n.Role, callsOnly: n.CallsOnly, calledInside: n.CalledInside,
 			plain: n.Plain(), carrier: nowhere, segments: n.Segments,
 		}
 		p.segments = orEveryone(p.segments)
@@ -120,7 +121,7 @@ func (t *Topology) chooseGateways(nodes []Node) {
 	for i, p := range t.places {
 		if _, chosen := t.gateways[p.location]; gateway(i) && !silenced[i] && !chosen {
 			t.gateways[p.location] = i
-			if !p.callsOnly {
+			if !p.callsOnly && !p.calledInside {
 				t.relays = append(t.relays, i)
 			}
 		}
@@ -285,7 +286,9 @@ func (t *Topology) up(i int) int {
 
 // canCall reports whether one of the two can call the other.
 func (t *Topology) canCall(a, b int) bool {
-	return a == b || !t.places[a].callsOnly || !t.places[b].callsOnly
+	inside := t.places[a].location == t.places[b].location
+	called := func(p place) bool { return !p.callsOnly && (inside || !p.calledInside) }
+	return a == b || called(t.places[a]) || called(t.places[b])
 }
 
 func (t *Topology) shareSegment(hops []int) bool {

@@ -25,6 +25,8 @@ func machine(text string) (n mesh.Node) {
 			n.Role = mesh.Role(key)
 		case "nat":
 			n.CallsOnly = true
+		case "inside":
+			n.CalledInside = true
 		case "seg":
 			n.Segments = strings.Split(value, ",")
 		case "via":
@@ -67,6 +69,9 @@ func TestPaths(t *testing.T) {
 		}},
 		{"gateways behind NAT", []string{"a1@a gateway nat", "a2@a", "a3@a nat", "b1@b gateway nat", "b2@b", "r@r gateway"}, nil, []string{
 			"a1 r b1", "a2 a1 r b1 b2", "a2 a3", "a1|a3", "a3|b2", "a1 a2", "r b1 b2",
+		}},
+		{"gateways that their own location can call", []string{"a1@a gateway inside", "a2@a gateway inside", "a3@a", "b1@b gateway inside", "h@h gateway"}, nil, []string{
+			"a1 a2", "a2 a1 h", "a2 a1 h b1", "a3 a1 h b1", "a2 a3",
 		}},
 		{"nobody to relay", []string{"a@a nat", "b@b nat", "c@c"}, nil, []string{"a|b", "a c", "c b"}},
 		{"segments", []string{"hub gateway seg=x,y", "s1 spoke seg=x", "s2 spoke seg=y", "s3 spoke seg=x,y", "s4 spoke"}, nil, []string{
@@ -183,6 +188,8 @@ func newTopologyWorld(rng *rand.Rand) topologyWorld {
 		}
 		if percent(nat) {
 			n.CallsOnly, n.Endpoint = true, noEndpoint
+		} else if percent(nat) {
+			n.CalledInside = true
 		}
 		w.nodes = append(w.nodes, n)
 	}
@@ -234,7 +241,7 @@ func (w topologyWorld) named(name string) mesh.Node {
 func (w topologyWorld) String() string {
 	var b strings.Builder
 	for _, n := range w.nodes {
-		fmt.Fprintf(&b, "%s@%s %q nat %v segments %q via %q carrier %q silent %v\n", n.Name, n.Location, n.Role, n.CallsOnly, n.Segments, n.Via, w.carrier[n.Name], n.Silent)
+		fmt.Fprintf(&b, "%s@%s %q nat %v inside %v segments %q via %q carrier %q silent %v\n", n.Name, n.Location, n.Role, n.CallsOnly, n.CalledInside, n.Segments, n.Via, w.carrier[n.Name], n.Silent)
 	}
 	return b.String()
 }
@@ -284,6 +291,10 @@ func (o oracle) up(n mesh.Node) mesh.Node {
 	return n
 }
 
+func (o oracle) canCall(from, to mesh.Node) bool {
+	return !to.CallsOnly && (from.Location == to.Location || !to.CalledInside)
+}
+
 // joined reports whether two machines that are no plain peers are neighbours.
 func (o oracle) joined(a, b mesh.Node) bool {
 	top := func(n mesh.Node) bool {
@@ -293,7 +304,7 @@ func (o oracle) joined(a, b mesh.Node) bool {
 		return s.Role == mesh.RoleSpoke && o.gateway(s.Location) != other.Name
 	}
 	switch {
-	case a.Name == b.Name || a.CallsOnly && b.CallsOnly:
+	case a.Name == b.Name || !o.canCall(a, b) && !o.canCall(b, a):
 		return false
 	case a.Location == b.Location:
 		return !spoke(a, b) && !spoke(b, a)
@@ -315,7 +326,7 @@ func (o oracle) path(from, to string) []string {
 	}
 	relays := slices.SortedFunc(slices.Values(o.nodes), func(a, b mesh.Node) int { return strings.Compare(a.Name, b.Name) })
 	for _, r := range relays {
-		if r.Role == mesh.RoleGateway && o.gateway(r.Location) == r.Name && !r.CallsOnly && r.Name != o.up(a).Name && r.Name != o.up(b).Name {
+		if r.Role == mesh.RoleGateway && o.gateway(r.Location) == r.Name && !r.CallsOnly && !r.CalledInside && r.Name != o.up(a).Name && r.Name != o.up(b).Name {
 			shapes = append(shapes, []mesh.Node{a, o.up(a), r, o.up(b), b})
 			break // the first alone is taken
 		}
@@ -498,7 +509,7 @@ func TestNeighbours(t *testing.T) {
 				if !slices.Contains(top.Peers(name), a.Name) {
 					t.Errorf("%s has the neighbour %s, which has %q", a.Name, name, top.Peers(name))
 				}
-				if a.CallsOnly && b.CallsOnly && !a.Plain() && !b.Plain() {
+				if o := (oracle{w}); !o.canCall(a, b) && !o.canCall(b, a) && !a.Plain() && !b.Plain() {
 					t.Errorf("%s and %s are neighbours, and neither can be called", a.Name, name)
 				}
 			}

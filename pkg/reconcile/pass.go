@@ -99,7 +99,7 @@ func node(r registry.Record, endpoints map[string]netip.AddrPort) mesh.Node {
 	return mesh.Node{
 		Name: r.Name, PublicKey: r.PublicKey, Endpoint: endpoints[r.Name], CallsOnly: len(r.Endpoints) == 0,
 		Prefixes: r.Prefixes, Pods: r.Pods, Hosts: r.Hosts, Addresses: r.Addresses, Since: r.Since,
-		Location: r.Location, Role: r.Role, Segments: r.Segments, Silent: r.Silent, Via: r.Via, Masqueraded: r.Masqueraded,
+		Location: r.Location, Role: r.Role, Segments: r.Segments, CalledInside: r.CalledInside, Silent: r.Silent, Via: r.Via, Masqueraded: r.Masqueraded,
 	}
 }
 

@@ -27,7 +27,7 @@ func SelfRecord(c config.Config, key wgtypes.Key, u kernel.Underlay, pods []mesh
 	r := registry.Record{
 		Name: c.NodeName, PublicKey: key, Endpoints: Endpoints(c, u), Addresses: u.All,
 		Since: before.Since, Revision: before.Revision,
-		Place: registry.Place{Location: c.Location, Role: c.Role, Segments: c.Segments},
+		Place: registry.Place{Location: c.Location, Role: c.Role, Segments: c.Segments, CalledInside: c.CalledInside},
 	}
 	if before.Left || r.Since.IsZero() {
 		before, r.Since = registry.Record{Revision: before.Revision}, now

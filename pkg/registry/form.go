@@ -37,17 +37,18 @@ type recordJSON struct {
 
 // laterJSON are the fields that version 1 had not from the start.
 type laterJSON struct {
-	Hosts       []mesh.Claim   `json:"hosts,omitempty"`
-	Location    string         `json:"location,omitempty"`
-	Role        mesh.Role      `json:"role,omitempty"`
-	Segments    []string       `json:"segments,omitempty"`
-	Silent      []mesh.Silence `json:"silent,omitempty"`
-	Via         []string       `json:"via,omitempty"`
-	Masqueraded bool           `json:"masqueraded,omitempty"`
+	Hosts        []mesh.Claim   `json:"hosts,omitempty"`
+	Location     string         `json:"location,omitempty"`
+	Role         mesh.Role      `json:"role,omitempty"`
+	Segments     []string       `json:"segments,omitempty"`
+	CalledInside bool           `json:"calledInside,omitempty"`
+	Silent       []mesh.Silence `json:"silent,omitempty"`
+	Via          []string       `json:"via,omitempty"`
+	Masqueraded  bool           `json:"masqueraded,omitempty"`
 }
 
 func (r Record) later() laterJSON {
-	return laterJSON{r.Hosts, r.Location, r.Role, r.Segments, r.Silent, r.Via, r.Masqueraded}
+	return laterJSON{r.Hosts, r.Location, r.Role, r.Segments, r.CalledInside, r.Silent, r.Via, r.Masqueraded}
 }
 
 // knownKeys are those of recordJSON.
@@ -143,7 +144,7 @@ func (r *Record) UnmarshalJSON(data []byte) error {
 	out := Record{
 		Name: j.Name, Endpoints: j.Endpoints, Prefixes: j.Prefixes, Pods: j.Pods, Hosts: j.Hosts, Addresses: j.Addresses,
 		Since: j.Since, Revision: j.Revision, Left: j.Left, Seal: j.Seal,
-		Place: Place{j.Location, j.Role, j.Segments, j.Silent, j.Via, j.Masqueraded},
+		Place: Place{j.Location, j.Role, j.Segments, j.CalledInside, j.Silent, j.Via, j.Masqueraded},
 	}
 	if out.Extra, err = extraFields(data); err != nil {
 		return err

@@ -73,12 +73,13 @@ type Record struct {
 
 // Place is where a machine stands in the mesh; see mesh.Node.
 type Place struct {
-	Location    string
-	Role        mesh.Role
-	Segments    []string
-	Silent      []mesh.Silence
-	Via         []string
-	Masqueraded bool
+	Location     string
+	Role         mesh.Role
+	Segments     []string
+	CalledInside bool
+	Silent       []mesh.Silence
+	Via          []string
+	Masqueraded  bool
 }
 
 // recordVersion is the latest that this code reads. A record without a version
@@ -139,7 +140,7 @@ func (r Record) Equal(o Record) bool {
 }
 
 func (p Place) samePlace(o Place) bool {
-	return p.Location == o.Location && p.Role == o.Role && p.Masqueraded == o.Masqueraded &&
+	return p.Location == o.Location && p.Role == o.Role && p.CalledInside == o.CalledInside && p.Masqueraded == o.Masqueraded &&
 		slices.Equal(p.Segments, o.Segments) && slices.Equal(p.Via, o.Via) &&
 		slices.EqualFunc(p.Silent, o.Silent, func(a, b mesh.Silence) bool {
 			return a.Node == b.Node && mesh.ClaimTime(a.Since).Equal(mesh.ClaimTime(b.Since))

@@ -115,6 +115,8 @@ func (v meshView) entries(c config.Config, names []string, callable bool) (out [
 			return nil, fmt.Errorf("--via: %s is a peer itself: name nodes that run wgcnid", name)
 		case len(r.Endpoints) == 0 && !callable:
 			return nil, fmt.Errorf("--via: %s has no endpoint (its \"endpoint\" is \"none\"): nobody can call it; name another node, or give the machine's own --endpoint", name)
+		case r.CalledInside && !callable:
+			return nil, fmt.Errorf("--via: %s can be called inside its location only (its \"endpoint\" is \"location\"): name another node, or give the machine's own --endpoint", name)
 		case slices.ContainsFunc(out, func(r registry.Record) bool { return r.Name == name }):
 			return nil, fmt.Errorf("--via: %s is named twice", name)
 		}

@@ -180,8 +180,18 @@ const onlyReplies = `table inet nat0 {
 
 func behindNAT(t *testing.T, nodes ...*cluster.Node) {
 	t.Helper()
+	behindNATOf(t, nil, nodes...)
+}
+
+// behindNATOf has the nodes called by those inside only.
+func behindNATOf(t *testing.T, inside []*cluster.Node, nodes ...*cluster.Node) {
+	t.Helper()
 	for _, n := range nodes {
-		if _, err := n.Batch(t.Context(), onlyReplies, "nft", "-f", "-"); err != nil {
+		rules := onlyReplies
+		for _, from := range inside {
+			rules += fmt.Sprintf("insert rule inet nat0 in ip saddr %s accept\n", from.IPv4)
+		}
+		if _, err := n.Batch(t.Context(), rules, "nft", "-f", "-"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -289,18 +299,20 @@ func TestThreeClouds(t *testing.T) {
 		return cluster.NetworkOptions{Example: folder + name + ".conflist", Stanza: stanza, Secrets: secrets}
 	}
 	m := newTopologyOf(t, file("hub", keys{"endpoint": "192.0.2.10:51820"}), file("gateway", nil), file("node", nil),
-		file("gateway", keys{"location": "cloud-b"}), file("gateway", keys{"location": "cloud-c"}))
+		file("gateway", keys{"location": "cloud-b"}), file("gateway", keys{"location": "cloud-c"}), file("gateway", nil))
 	if got := m.Nodes[0].IPv4.String(); got != "192.0.2.10" {
 		t.Fatalf("the hub has the address %s", got)
 	}
 	capture := watchUnderlay(t, m.Cluster)
 	routeAroundTunnel(t, m.Cluster)
-	behindNAT(t, m.Nodes[1], m.Nodes[3], m.Nodes[4])
-	allows(t, m.Nodes[2], "b:abde")
-	allows(t, m.Nodes[1], "a:ade", "c:c")
-	allows(t, m.Nodes[3], "a:abce")
-	allows(t, m.Nodes[0], "b:bc", "d:d", "e:e")
-	for _, pair := range [][2]int{{2, 3}, {3, 2}, {4, 3}, {2, 0}, {0, 4}, {1, 2}} {
+	behindNAT(t, m.Nodes[3], m.Nodes[4])
+	behindNATOf(t, []*cluster.Node{m.Nodes[1], m.Nodes[2], m.Nodes[5]}, m.Nodes[1], m.Nodes[5])
+	allows(t, m.Nodes[2], "b:abde", "f:f")
+	allows(t, m.Nodes[5], "b:abde", "c:c") // it stands by
+	allows(t, m.Nodes[1], "a:ade", "c:c", "f:f")
+	allows(t, m.Nodes[3], "a:abcef")
+	allows(t, m.Nodes[0], "b:bcf", "d:d", "e:e")
+	for _, pair := range [][2]int{{2, 3}, {3, 2}, {4, 3}, {2, 0}, {0, 4}, {1, 2}, {5, 1}, {5, 3}} {
 		talkSoon(t, m.pods[pair[0]], m.pods[pair[1]])
 	}
 	drawn, err := m.Nodes[2].Wgcnid(t.Context(), "graph", "--format", "mermaid")
