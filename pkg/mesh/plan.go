@@ -188,7 +188,7 @@ func (p *Plan) addPeers(f Facts, nodes []Node, topology Topology, owners Ownersh
 
 // canCall reports whether the other can be called from here, at its endpoint.
 func (n Node) canCall(other Node) bool {
-	return !other.CallsOnly && (!other.CalledInside || n.Location == other.Location)
+	return callable(other.CallsOnly, other.CalledInside, n.Location == other.Location)
 }
 
 // warms reports whether it is for this machine, not for the other, to keep the

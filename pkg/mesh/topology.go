@@ -121,7 +121,7 @@ func (t *Topology) chooseGateways(nodes []Node) {
 	for i, p := range t.places {
 		if _, chosen := t.gateways[p.location]; gateway(i) && !silenced[i] && !chosen {
 			t.gateways[p.location] = i
-			if !p.callsOnly && !p.calledInside {
+			if callable(p.callsOnly, p.calledInside, false) {
 				t.relays = append(t.relays, i)
 			}
 		}
@@ -286,9 +286,15 @@ func (t *Topology) up(i int) int {
 
 // canCall reports whether one of the two can call the other.
 func (t *Topology) canCall(a, b int) bool {
-	inside := t.places[a].location == t.places[b].location
-	called := func(p place) bool { return !p.callsOnly && (inside || !p.calledInside) }
-	return a == b || called(t.places[a]) || called(t.places[b])
+	p, q := t.places[a], t.places[b]
+	inside := p.location == q.location
+	return a == b || callable(p.callsOnly, p.calledInside, inside) || callable(q.callsOnly, q.calledInside, inside)
+}
+
+// callable reports whether a machine can be called from inside its location, or
+// from elsewhere; see Node.
+func callable(callsOnly, calledInside, inside bool) bool {
+	return !callsOnly && (inside || !calledInside)
 }
 
 func (t *Topology) shareSegment(hops []int) bool {

@@ -181,6 +181,9 @@ func (l *Loop) hearMachines(heard map[wgtypes.Key]kernel.Handshake, now time.Tim
 
 // carried returns this node's claims for plain machines, those before among them.
 func (l *Loop) carried(before []mesh.Claim, now time.Time) []mesh.Claim {
+	if !l.isEntry() { // nearly all nodes: thousands of records need not be sorted out at each pass
+		return nil
+	}
 	return Entry{
 		Name: l.config.NodeName, Segments: l.config.Segments, PeerCIDRs: l.config.PeerCIDRs, Records: l.known.Records,
 		Heard: l.calls[0], HeardBefore: l.calls[2], Before: before,

@@ -45,7 +45,7 @@ func carries(c config.Config, known store.Known) bool {
 		return true
 	}
 	for _, r := range known.Records.Nodes {
-		if !r.Left && slices.Contains(r.Via, c.NodeName) {
+		if r.Enters(c.NodeName) {
 			return true
 		}
 	}

@@ -40,17 +40,22 @@ A node that you can still log in to leaves by itself, with ` + "`wgcnid leave`" 
 			if err != nil {
 				return err
 			}
-			note, err := forget(cmd.Context(), c, args[0])
-			if err != nil {
-				return err
-			}
-			if note != "" {
-				fmt.Fprintln(cmd.ErrOrStderr(), "wgcnid: some nodes may keep it as a peer:", note)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is forgotten and its key revoked; every node that reads the registry removes it now.\n", args[0])
-			return err
+			return forgetAndTell(cmd, c, args[0], "is forgotten and its key revoked; every node that reads the registry removes it now.")
 		},
 	}
+}
+
+// forgetAndTell prints what has become of the machine, and who will not listen.
+func forgetAndTell(cmd *cobra.Command, c config.Config, name, done string) error {
+	note, err := forget(cmd.Context(), c, name)
+	if err != nil {
+		return err
+	}
+	if note != "" {
+		fmt.Fprintln(cmd.ErrOrStderr(), "wgcnid: some nodes may keep it as a peer:", note)
+	}
+	_, err = fmt.Fprintln(cmd.OutOrStdout(), name, done)
+	return err
 }
 
 // forget returns a note about nodes that will not listen, if there are any.

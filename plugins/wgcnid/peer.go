@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/registry"
 )
 
@@ -56,15 +57,7 @@ address is free again. To let the machine in again, add it anew: it gets a new k
 			if _, err := v.peer(args[0]); err != nil {
 				return err
 			}
-			note, err := forget(cmd.Context(), c, args[0])
-			if err != nil {
-				return err
-			}
-			if note != "" {
-				fmt.Fprintln(cmd.ErrOrStderr(), "wgcnid: some nodes may keep it as a peer:", note)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is removed and its key revoked; every node that reads the registry shuts it out now.\n", args[0])
-			return err
+			return forgetAndTell(cmd, c, args[0], "is removed and its key revoked; every node that reads the registry shuts it out now.")
 		},
 	}
 }
@@ -94,7 +87,7 @@ func (v meshView) peer(name string) (registry.Record, error) {
 func (v meshView) entries(c config.Config, names []string, callable bool) (out []registry.Record, err error) {
 	if len(names) == 0 {
 		for _, r := range v.records.Records() {
-			if !r.Left && r.Role == "gateway" && (callable || len(r.Endpoints) > 0) {
+			if !r.Left && r.Role == mesh.RoleGateway && (callable || len(r.Endpoints) > 0 && !r.CalledInside) {
 				names = append(names, r.Name)
 			}
 		}

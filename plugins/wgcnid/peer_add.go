@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -68,7 +69,7 @@ addresses may be in use at other sites too.`,
 				return err
 			}
 			if own {
-				f.keyFile = orDefault(f.keyFile, "/etc/wireguard/"+args[0]+".key")
+				f.keyFile = cmp.Or(f.keyFile, "/etc/wireguard/"+args[0]+".key")
 			} else if f.keyFile != "" {
 				return errors.New("--key-path: the private key is made here, unless --public-key is given")
 			}
@@ -282,11 +283,4 @@ func (v meshView) afterAdding(r registry.Record, f fileOptions) []string {
 		lines = append(lines, "Some nodes may not let it in: "+note)
 	}
 	return lines
-}
-
-func orDefault(s, otherwise string) string {
-	if s == "" {
-		return otherwise
-	}
-	return s
 }

@@ -245,3 +245,15 @@ func scan(t *testing.T, drawn string) string {
 	}
 	return result.GetText()
 }
+
+// A gateway that only its own location can call is no entry from outside.
+func TestPeerPassesOverGatewaysBehindNAT(t *testing.T) {
+	m := newPeerMesh(t, 0)
+	r := m.stored("b")
+	r.Role, r.Location, r.CalledInside, r.Revision = mesh.RoleGateway, "cloud", true, 2
+	m.publish(r)
+	m.addPeer("laptop")
+	if via := m.stored("laptop").Via; len(via) != 1 || via[0] != "a" {
+		t.Errorf("it enters by %q, want this node", via)
+	}
+}
