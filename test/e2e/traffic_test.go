@@ -2,15 +2,13 @@ package e2e
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-const echoPort = 7777
+const echoPort = cluster.EchoPort
 
 // mesh is a converged cluster with pods.
 type mesh struct {
@@ -21,57 +19,17 @@ type mesh struct {
 
 func newMesh(t *testing.T, nodes, podsEach int, o cluster.NetworkOptions) *mesh {
 	t.Helper()
-	m := &mesh{Cluster: cluster.NewT(t, nodes)}
-	var err error
-	if m.helpers, err = m.JoinAll(t.Context(), o); err != nil {
-		t.Fatal(err)
-	}
-	for _, n := range m.Nodes {
-		for i := range podsEach {
-			p, err := n.AddPod(t.Context(), cluster.NetworkName, fmt.Sprintf("%s-pod%d", n.Name, i), cluster.PodOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			m.pods = append(m.pods, p)
-		}
-	}
-	return m
+	c, helpers, pods := cluster.NewMeshT(t, nodes, podsEach, o)
+	return &mesh{Cluster: c, helpers: helpers, pods: pods}
 }
 
 func serve(t *testing.T, at cluster.Endpointer) {
 	t.Helper()
-	s, err := cluster.StartServer(at, echoPort)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = s.Close() })
+	cluster.ServeT(t, at)
 }
 
-// talk checks TCP, UDP and ICMP, that the far end sees the real source, and both families.
 func talk(ctx context.Context, from, to *cluster.Pod, payload []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, cluster.Patience(10*time.Second))
-	defer cancel()
-	for _, pair := range [][2]netip.Addr{{from.IPv4(), to.IPv4()}, {from.IPv6(), to.IPv6()}} {
-		src, dst := pair[0], pair[1]
-		if !src.IsValid() || !dst.IsValid() {
-			continue
-		}
-		for name, probe := range map[string]func(context.Context, cluster.Endpointer, netip.AddrPort, []byte) (netip.AddrPort, error){
-			"TCP": cluster.TCP, "UDP": cluster.UDP,
-		} {
-			seen, err := probe(ctx, from, netip.AddrPortFrom(dst, echoPort), payload)
-			if err != nil {
-				return fmt.Errorf("%s %s -> %s: %w", name, from, to, err)
-			}
-			if seen.Addr().Unmap() != src {
-				return fmt.Errorf("%s %s -> %s: the far end sees %s as the source, want %s", name, from, to, seen.Addr(), src)
-			}
-		}
-		if _, err := cluster.Ping(ctx, from, dst, payload); err != nil {
-			return fmt.Errorf("ping %s -> %s: %w", from, to, err)
-		}
-	}
-	return nil
+	return cluster.Talk(ctx, from, to, payload)
 }
 
 func TestAllPodsReachAllPods(t *testing.T) {

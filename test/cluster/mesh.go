@@ -1,0 +1,72 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+)
+
+// EchoPort is where the servers of [ServeT] listen.
+const EchoPort = 7777
+
+// NewMeshT makes a cluster of nodes that have all joined, with some pods on each,
+// in the nodes' order. It fails the test where that cannot be done.
+func NewMeshT(t testing.TB, nodes, podsEach int, o NetworkOptions) (*Cluster, []*Process, []*Pod) {
+	t.Helper()
+	c := NewT(t, nodes)
+	helpers, err := c.JoinAll(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pods []*Pod
+	for _, n := range c.Nodes {
+		for i := range podsEach {
+			p, err := n.AddPod(t.Context(), NetworkName, fmt.Sprintf("%s-pod%d", n.Name, i), PodOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			pods = append(pods, p)
+		}
+	}
+	return c, helpers, pods
+}
+
+// ServeT starts an echo server for a test.
+func ServeT(t testing.TB, at Endpointer) {
+	t.Helper()
+	s, err := StartServer(at, EchoPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+}
+
+// Talk checks TCP, UDP and ICMP with a pod that serves, that the far end sees the
+// real source, and both families.
+func Talk(ctx context.Context, from, to *Pod, payload []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, Patience(10*time.Second))
+	defer cancel()
+	for _, pair := range [][2]netip.Addr{{from.IPv4(), to.IPv4()}, {from.IPv6(), to.IPv6()}} {
+		src, dst := pair[0], pair[1]
+		if !src.IsValid() || !dst.IsValid() {
+			continue
+		}
+		for name, probe := range map[string]func(context.Context, Endpointer, netip.AddrPort, []byte) (netip.AddrPort, error){
+			"TCP": TCP, "UDP": UDP,
+		} {
+			seen, err := probe(ctx, from, netip.AddrPortFrom(dst, EchoPort), payload)
+			if err != nil {
+				return fmt.Errorf("%s %s -> %s: %w", name, from, to, err)
+			}
+			if seen.Addr().Unmap() != src {
+				return fmt.Errorf("%s %s -> %s: the far end sees %s as the source, want %s", name, from, to, seen.Addr(), src)
+			}
+		}
+		if _, err := Ping(ctx, from, dst, payload); err != nil {
+			return fmt.Errorf("ping %s -> %s: %w", from, to, err)
+		}
+	}
+	return nil
+}
