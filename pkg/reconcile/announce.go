@@ -15,7 +15,7 @@ func (l *Loop) removed() bool {
 	if l.fresh == nil || !l.joined {
 		return false
 	}
-	theirs, ok := l.fresh.Nodes[l.config.NodeName]
+	theirs, ok := l.fresh.Record(l.config.NodeName)
 	return ok && theirs.Left && theirs.Revision > l.known.Self.Revision && !l.forgotten()
 }
 
@@ -38,8 +38,8 @@ func (l *Loop) announce(now time.Time) {
 	l.outcast = false
 	self := l.known.Self
 	self.Seal.Secret = l.trust.Secrets.Current()
-	accepted := l.known.Records.Nodes[self.Name]
-	theirs, there := l.fresh.Nodes[self.Name]
+	accepted, _ := l.known.Records.Record(self.Name)
+	theirs, there := l.fresh.Record(self.Name)
 	if l.published != nil {
 		theirs, there = *l.published, true
 	}
@@ -93,11 +93,12 @@ func (l *Loop) hearPublished(r publishResult) {
 		l.publisher.drop(r.offer)
 	}
 	record := r.offer.record
+	accepted, _ := l.known.Records.Record(record.Name)
 	switch {
 	case r.err == nil:
 		l.joined, l.unpublished, l.held = true, "", record.Pods
-		if record.Revision > l.known.Records.Nodes[record.Name].Revision {
-			l.known.Records.Nodes[record.Name] = record
+		if record.Revision > accepted.Revision {
+			l.known.Records.Nodes[record.Name] = &record
 		}
 		if !l.heard { // else what the registry told meanwhile may be later
 			l.published = &record
@@ -109,9 +110,11 @@ func (l *Loop) hearPublished(r publishResult) {
 		// offered before: it may be our tombstone, even one of a lesser revision.
 		l.unpublished = ""
 		l.Log.Warn("record not published; trying again", "error", r.err)
-		l.known.Self.Revision = min(l.known.Self.Revision, l.known.Records.Nodes[record.Name].Revision)
-		if l.fresh != nil && l.fresh.Nodes[record.Name].Revision < staleKnown(r.err) {
-			l.fresh, l.published = nil, nil
+		l.known.Self.Revision = min(l.known.Self.Revision, accepted.Revision)
+		if l.fresh != nil {
+			if theirs, _ := l.fresh.Record(record.Name); theirs.Revision < staleKnown(r.err) {
+				l.fresh, l.published = nil, nil
+			}
 		}
 	default:
 		if text := r.err.Error(); text != l.unpublished { // else it would be said every few seconds

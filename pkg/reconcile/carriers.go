@@ -60,7 +60,7 @@ func (e Entry) Carried(now time.Time) []mesh.Claim {
 		if !r.Enters(e.Name) || r.Masqueraded || revoked[r.PublicKey] || !mesh.MayCarry(e.Segments, r.Segments) {
 			continue
 		}
-		since, ok := e.carries(r, now)
+		since, ok := e.carries(*r, now)
 		for _, c := range r.Prefixes {
 			inside := slices.ContainsFunc(e.PeerCIDRs, func(p netip.Prefix) bool { return p.Contains(c.Prefix.Addr()) })
 			if ok && inside && c.Prefix.IsSingleIP() {
@@ -115,7 +115,7 @@ func (e Entry) call(key wgtypes.Key) (at time.Time, called bool) {
 // rival is the best claim to a machine among those of the other nodes by which it enters.
 func (e Entry) rival(r registry.Record) (since time.Time, by string) {
 	for _, name := range slices.Sorted(slices.Values(r.Via)) {
-		other, known := e.Records.Nodes[name]
+		other, known := e.Records.Record(name)
 		if name == e.Name || !known || other.Left {
 			continue
 		}
@@ -129,7 +129,7 @@ func (e Entry) rival(r registry.Record) (since time.Time, by string) {
 // first is the node that a machine prefers, of those that are members.
 func (e Entry) first(r registry.Record) (name string, ok bool) {
 	i := slices.IndexFunc(r.Via, func(name string) bool {
-		n, known := e.Records.Nodes[name]
+		n, known := e.Records.Record(name)
 		return name == e.Name || known && !n.Left && mesh.MayCarry(n.Segments, r.Segments)
 	})
 	if i < 0 {
@@ -199,7 +199,7 @@ func (l *Loop) logCarried(before, now []mesh.Claim) {
 		if !r.Enters(l.config.NodeName) {
 			continue
 		}
-		switch was, is := !newestClaim(r, before).IsZero(), !newestClaim(r, now).IsZero(); {
+		switch was, is := !newestClaim(*r, before).IsZero(), !newestClaim(*r, now).IsZero(); {
 		case is && !was:
 			l.Log.Info("a machine enters the mesh by this node", "peer", r.Name)
 		case was && !is:

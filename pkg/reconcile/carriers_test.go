@@ -51,7 +51,7 @@ func newSite(t *testing.T, laptop registry.Record, nodes ...string) *site {
 		records: registry.NewSnapshot(laptop),
 	}
 	for _, n := range nodes {
-		s.records.Nodes[n] = record(n)
+		s.records.Nodes[n] = new(record(n))
 	}
 	return s
 }
@@ -66,7 +66,7 @@ func (s *site) hears(node string, bytes int64) {
 // step lets a second pass: every node looks, in turn.
 func (s *site) step() {
 	for _, name := range []string{"a", "b", "c"} {
-		own, known := s.records.Nodes[name]
+		own, known := s.records.Record(name)
 		if !known {
 			continue
 		}
@@ -77,7 +77,7 @@ func (s *site) step() {
 		}
 		now := s.now.Add(s.ahead[name])
 		own.Pods = e.Carried(now)
-		s.records.Nodes[name] = own
+		s.records.Nodes[name] = &own
 		e.Before = own.Pods
 		if again := e.Carried(now); !slices.Equal(again, own.Pods) {
 			s.t.Errorf("%s at %v: claims %v, and asked again %v", name, s.now, own.Pods, again)

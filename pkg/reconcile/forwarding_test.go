@@ -16,9 +16,9 @@ func TestForwardingNote(t *testing.T) {
 	prefix := netip.MustParsePrefix
 	known := store.Known{Records: registry.NewSnapshot()}
 	entered := store.Known{Records: registry.NewSnapshot()}
-	entered.Records.Nodes["laptop"] = registry.Record{Name: "laptop", Place: registry.Place{Via: []string{"b", "a"}}}
+	entered.Records.Nodes["laptop"] = new(registry.Record{Name: "laptop", Place: registry.Place{Via: []string{"b", "a"}}})
 	removed := store.Known{Records: registry.NewSnapshot()}
-	removed.Records.Nodes["laptop"] = registry.Record{Name: "laptop", Left: true, Place: registry.Place{Via: []string{"a"}}}
+	removed.Records.Nodes["laptop"] = new(registry.Record{Name: "laptop", Left: true, Place: registry.Place{Via: []string{"a"}}})
 	v4 := config.Config{NodeName: "a", Settings: mesh.Settings{ClusterCIDRs: []netip.Prefix{prefix("10.244.0.0/16")}}}
 	gateway, router, host := v4, v4, v4
 	gateway.Role = mesh.RoleGateway

@@ -16,7 +16,7 @@ import (
 // publishedHosts are this node's own addresses that the others can have heard of:
 // what they do not know of they do not let through the tunnel.
 func publishedHosts(c config.Config, known store.Known) []mesh.Claim {
-	published := known.Records.Nodes[c.NodeName]
+	published, _ := known.Records.Record(c.NodeName)
 	if !c.EncryptNodes || published.Left {
 		return nil
 	}

@@ -267,7 +267,7 @@ func (l *Loop) readSecrets() error {
 	l.trust, l.pairs = trust, identity.NewPairs(l.Key, trust.Secrets)
 	l.Registry.SetTrust(trust)
 	for name, r := range l.known.Records.Nodes {
-		if err := trust.Check(r); err != nil {
+		if err := trust.Check(*r); err != nil {
 			delete(l.known.Records.Nodes, name)
 			l.Log.Warn("a record that was known is no longer trusted", "error", err)
 		}
@@ -321,7 +321,7 @@ func (l *Loop) hear(u registry.Update) {
 		l.Log.Warn("more records refused", "records", more, "mend", "`wgcnid nodes` lists all")
 	}
 	l.known.Records, l.fresh, l.published = merged, &u.Snapshot, nil
-	if ours := merged.Nodes[l.config.NodeName]; ours.Left && !l.joined && ours.Revision > l.known.Self.Revision {
+	if ours, _ := merged.Record(l.config.NodeName); ours.Left && !l.joined && ours.Revision > l.known.Self.Revision {
 		// We were forgotten while we were away, and may have lost our prefixes to
 		// others. Joining again begins anew.
 		l.known.Self = ours
@@ -412,7 +412,7 @@ func (l *Loop) resolveEndpoints(ctx context.Context, now time.Time) {
 			continue
 		}
 		before := l.known.Endpoints[name]
-		e := l.Resolver.Endpoint(ctx, r, l.underlay.Addresses, before, now)
+		e := l.Resolver.Endpoint(ctx, *r, l.underlay.Addresses, before, now)
 		if !e.IsValid() {
 			continue
 		}

@@ -201,7 +201,7 @@ func TestChangeTakenBackWhilePublishing(t *testing.T) {
 		eventually(t, "the change to be offered", func() bool { return len(n.registry.publications()) > offered })
 	}
 	close(release)
-	eventually(t, "the change to be published", func() bool { return n.saved().Records.Nodes["a"].Revision > own.Revision })
+	eventually(t, "the change to be published", func() bool { return n.savedRecord("a").Revision > own.Revision })
 	n.announced("what was before", func(r registry.Record) bool {
 		return r.Revision > own.Revision && slices.Equal(r.Endpoints, own.Endpoints)
 	})
@@ -301,7 +301,7 @@ func TestRestart(t *testing.T) {
 	offered := len(n.registry.publications())
 	n.resync = shortResync
 	n.start()
-	eventually(t, "a pass that knows the registry", func() bool { return n.saved().Records.Nodes["a"].Equal(own) })
+	eventually(t, "a pass that knows the registry", func() bool { return n.savedRecord("a").Equal(own) })
 	n.quiet()
 	if got, _ := n.registry.own(); !got.Equal(own) || len(n.registry.publications()) != offered {
 		t.Errorf("after a restart the record is %+v, was %+v", got, own)

@@ -116,7 +116,7 @@ func TestSealedMesh(t *testing.T) {
 	later := record("b")
 	later.Revision = 20
 	n.registry.put(registrytest.Seal(t, two, later))
-	eventually(t, "b's later record", func() bool { return n.saved().Records.Nodes["b"].Revision == 20 })
+	eventually(t, "b's later record", func() bool { return n.savedRecord("b").Revision == 20 })
 	n.registry.put(registrytest.Seal(t, two, record("b")))
 	eventually(t, "the replay to be counted", func() bool { return n.report().RefusedTotal[reconcile.KindReplayed] == 1 })
 	n.holds(peerB)
@@ -220,7 +220,7 @@ func TestChangingTheSecret(t *testing.T) {
 
 	n.writeSecrets(two, 0, 1) // both accepted, the old one seals
 	put("b", 12, by(two, 1))  // b is a step ahead
-	eventually(t, "b's record to be accepted", func() bool { return n.saved().Records.Nodes["b"].Revision == 12 })
+	eventually(t, "b's record to be accepted", func() bool { return n.savedRecord("b").Revision == 12 })
 	n.quiet()
 	n.sharing("still the old key with b", "b", key(two, 0, "b"))
 
@@ -256,7 +256,7 @@ func TestNewSecretWhileTheRegistryIsAway(t *testing.T) {
 	b := record("b")
 	b.Revision = 12
 	n.registry.put(registrytest.Seal(t, by(two, 1), b))
-	eventually(t, "b's record to be accepted", func() bool { return n.saved().Records.Nodes["b"].Revision == 12 })
+	eventually(t, "b's record to be accepted", func() bool { return n.savedRecord("b").Revision == 12 })
 	n.registry.set(func(r *fakeRegistry) { r.away = errAway })
 	n.writeSecrets(two, 1, 0)
 	eventually(t, "an attempt to publish", func() bool { return n.report().PublishError != "" })

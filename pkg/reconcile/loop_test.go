@@ -62,7 +62,7 @@ func TestLoopSaves(t *testing.T) {
 	n.registry.put(tombstone("b", 11))
 	eventually(t, "the tombstone to be saved", func() bool {
 		got := n.saved()
-		return got.Records.Nodes["b"].Left && len(got.Endpoints) == 0
+		return got.Records.Nodes["b"] != nil && got.Records.Nodes["b"].Left && len(got.Endpoints) == 0
 	})
 }
 

@@ -63,7 +63,7 @@ func room(u kernel.Underlay, self registry.Record, records registry.Snapshot) in
 	}
 	look(self)
 	for _, r := range records.Nodes {
-		look(r)
+		look(*r)
 	}
 	return mesh.Room(cmp.Or(u.MTU, 1500), all)
 }

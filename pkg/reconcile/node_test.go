@@ -182,7 +182,7 @@ func (n *testNode) joins() registry.Record {
 	var rec registry.Record
 	eventually(n.t, "a pass that knows of this node's record", func() (there bool) {
 		rec, there = n.registry.own()
-		return there && n.saved().Records.Nodes["a"].Equal(rec)
+		return there && n.savedRecord("a").Equal(rec)
 	})
 	return rec
 }
@@ -195,6 +195,13 @@ func (n *testNode) saved() store.Known {
 		n.t.Fatal(err)
 	}
 	return known
+}
+
+// savedRecord is a record of those; the zero Record where there is none.
+func (n *testNode) savedRecord(name string) registry.Record {
+	n.t.Helper()
+	r, _ := n.saved().Records.Record(name)
+	return r
 }
 
 func asError(d *store.Damaged) error {

@@ -36,7 +36,7 @@ func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.
 	f.MTU = mtuOf(c, known)
 	f.Self = node(known.Self, known.Endpoints)
 	f.Self.Name, f.Self.PublicKey, f.Self.Endpoint = c.NodeName, key, ownEndpoint(known.Self)
-	published, there := known.Records.Nodes[c.NodeName]
+	published, there := known.Records.Record(c.NodeName)
 	f.Self.CallsOnly = c.CallsOnly || there && !published.Left && len(published.Endpoints) == 0
 	f.Self.Hosts = publishedHosts(c, known)
 	// The secret that the others see our record sealed with, not the one that the
@@ -52,7 +52,7 @@ func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.
 		if r.Left || r.Name == c.NodeName {
 			continue
 		}
-		n := node(r, known.Endpoints)
+		n := node(*r, known.Endpoints)
 		if psk, ok := pairs.PresharedKey(own, r.Seal.Secret, r.PublicKey); ok {
 			n.PresharedKey = mesh.FingerprintOf(psk)
 		}
@@ -75,7 +75,8 @@ func ownEndpoint(r registry.Record) netip.AddrPort {
 
 // Forgotten reports whether the mesh has revoked a node's key.
 func Forgotten(name string, key wgtypes.Key, known store.Known) bool {
-	revoked, ok := known.Records.Nodes[name].Revoked()
+	r, _ := known.Records.Record(name)
+	revoked, ok := r.Revoked()
 	return ok && revoked == key
 }
 

@@ -154,7 +154,7 @@ type reader struct {
 
 type decoded struct {
 	raw    []byte
-	record Record
+	record *Record
 	err    error
 }
 
@@ -163,12 +163,13 @@ func (d *reader) forget() { d.before = nil }
 // read lists the records that are valid and trusted, and why the others are not.
 func (d *reader) read(entries Entries, trust Trust) Snapshot {
 	now := make(map[string]decoded, len(entries))
-	s := Snapshot{Nodes: make(map[string]Record, len(entries))}
+	s := Snapshot{Nodes: make(map[string]*Record, len(entries))}
 	for name, raw := range entries {
 		r, ok := d.before[name]
 		if !ok || !bytes.Equal(r.raw, raw) {
 			r.raw = raw
-			r.record, r.err = trust.decode(name, raw)
+			record, err := trust.decode(name, raw)
+			r.record, r.err = &record, err
 		}
 		now[name] = r
 		if r.err == nil {

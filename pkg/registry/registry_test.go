@@ -73,7 +73,7 @@ func TestMerge(t *testing.T) {
 func TestMergeKeepsTheLastValidRecord(t *testing.T) {
 	cached := registry.NewSnapshot(registrytest.Record("a", 1))
 	merged, _ := registry.Merge(cached, registry.Snapshot{Invalid: map[string]error{"a": errors.New("bad")}})
-	if !merged.Nodes["a"].Equal(cached.Nodes["a"]) || merged.Invalid["a"] == nil {
+	if !merged.Nodes["a"].Equal(*cached.Nodes["a"]) || merged.Invalid["a"] == nil {
 		t.Errorf("merged: %+v", merged)
 	}
 	if merged, _ = registry.Merge(merged, registry.Snapshot{}); merged.Invalid != nil {
@@ -95,7 +95,7 @@ func TestMergeLaws(t *testing.T) {
 				r = registry.Record{Name: r.Name, Revision: r.Revision, Left: true}
 			}
 			if random.IntN(2) == 0 {
-				s.Nodes[r.Name] = r
+				s.Nodes[r.Name] = &r
 			}
 		}
 		return s

@@ -49,8 +49,10 @@ func Accept(known, offered Record) (bool, error) {
 
 // Snapshot is the records at one moment. Do not modify one that you were given.
 type Snapshot struct {
-	// Nodes has the records by node name, tombstones included.
-	Nodes map[string]Record
+	// Nodes has the records by node name, tombstones included. The same record is
+	// shared by all snapshots that it is in: one of thousands is as large as a page
+	// of text, and nearly all of them stay as they are from snapshot to snapshot.
+	Nodes map[string]*Record
 	// Invalid says, by the name that it is stored under, why a record is not
 	// among Nodes.
 	Invalid map[string]error
@@ -59,25 +61,44 @@ type Snapshot struct {
 // NewSnapshot returns the snapshot of these records. Of several records of one
 // name the latest revision counts, the first of them if they are equal.
 func NewSnapshot(records ...Record) Snapshot {
-	s := Snapshot{Nodes: make(map[string]Record, len(records))}
+	s := Snapshot{Nodes: make(map[string]*Record, len(records))}
 	for _, r := range records {
 		if known, ok := s.Nodes[r.Name]; !ok || r.Revision > known.Revision {
-			s.Nodes[r.Name] = r
+			s.Nodes[r.Name] = &r
 		}
 	}
 	return s
 }
 
+// Record returns the record of a node; the zero Record where there is none.
+func (s Snapshot) Record(name string) (record Record, known bool) {
+	if r, ok := s.Nodes[name]; ok {
+		return *r, true
+	}
+	return Record{}, false
+}
+
+// sameRecord reports whether two snapshots have the same of one name.
+func sameRecord(a, b *Record) bool { return a == b || a.Equal(*b) }
+
 // Records returns all records, tombstones included, sorted by name.
 func (s Snapshot) Records() []Record {
-	return slices.SortedFunc(maps.Values(s.Nodes), func(a, b Record) int { return cmp.Compare(a.Name, b.Name) })
+	out := make([]Record, 0, len(s.Nodes))
+	for _, r := range s.Nodes {
+		out = append(out, *r)
+	}
+	slices.SortFunc(out, func(a, b Record) int { return cmp.Compare(a.Name, b.Name) })
+	return out
 }
 
 // Equal reports whether both snapshots say the same.
 func (s Snapshot) Equal(o Snapshot) bool {
-	return maps.EqualFunc(s.Nodes, o.Nodes, Record.Equal) &&
+	return s.SameRecords(o) &&
 		maps.EqualFunc(s.Invalid, o.Invalid, func(a, b error) bool { return a.Error() == b.Error() })
 }
+
+// SameRecords reports whether both snapshots have the same records.
+func (s Snapshot) SameRecords(o Snapshot) bool { return maps.EqualFunc(s.Nodes, o.Nodes, sameRecord) }
 
 // Merge takes what a registry says now into what was accepted before. No name
 // is ever lost and no revision ever goes back:
@@ -90,11 +111,14 @@ func (s Snapshot) Equal(o Snapshot) bool {
 // Invalid is fresh's; a node whose record has become invalid keeps its last
 // valid one. The stale are sorted by name.
 func Merge(cached, fresh Snapshot) (merged Snapshot, stale []Stale) {
-	merged = Snapshot{Nodes: make(map[string]Record, max(len(cached.Nodes), len(fresh.Nodes))), Invalid: maps.Clone(fresh.Invalid)}
+	merged = Snapshot{Nodes: make(map[string]*Record, max(len(cached.Nodes), len(fresh.Nodes))), Invalid: maps.Clone(fresh.Invalid)}
 	maps.Copy(merged.Nodes, cached.Nodes)
 	for name, offered := range fresh.Nodes {
 		if known, ok := merged.Nodes[name]; ok {
-			later, err := Accept(known, offered)
+			if known == offered {
+				continue
+			}
+			later, err := Accept(*known, *offered)
 			if s := (Stale{}); errors.As(err, &s) {
 				stale = append(stale, s)
 			}

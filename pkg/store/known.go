@@ -6,7 +6,6 @@ import (
 	"maps"
 	"net/netip"
 	"path/filepath"
-	"reflect"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -26,7 +25,7 @@ type Known struct {
 	MTU int
 }
 
-// Clone returns a copy that shares no map with k.
+// Clone returns a copy that shares no map with k, but the records themselves.
 func (k Known) Clone() Known {
 	k.Records.Nodes = maps.Clone(k.Records.Nodes)
 	k.Endpoints = maps.Clone(k.Endpoints)
@@ -62,7 +61,7 @@ func LoadKnown(ctx context.Context, stateDir string) (k Known, damaged *Damaged,
 			err := tx.Bucket(recordsBucket).ForEach(func(name, v []byte) error {
 				r, err := registry.Decode(string(name), v)
 				if err == nil { // else a newer version wrote it: fetched anew
-					k.Records.Nodes[r.Name] = r
+					k.Records.Nodes[r.Name] = &r
 				}
 				return nil
 			})
@@ -108,7 +107,7 @@ func SaveKnown(ctx context.Context, stateDir string, before, now Known) error {
 				before = Known{} // somebody else has put a new file in a damaged one's place
 			}
 			for name, r := range now.Records.Nodes {
-				if was, ok := before.Records.Nodes[name]; !ok || !was.Equal(r) {
+				if was, ok := before.Records.Nodes[name]; !ok || was != r && !was.Equal(*r) {
 					if err := putJSON(tx.Bucket(recordsBucket), []byte(name), r); err != nil {
 						return err
 					}
@@ -150,8 +149,8 @@ func SaveKnown(ctx context.Context, stateDir string, before, now Known) error {
 
 // Equal reports whether both say the same.
 func (k Known) Equal(o Known) bool {
-	return k.Self.Equal(o.Self) && maps.EqualFunc(k.Records.Nodes, o.Records.Nodes, registry.Record.Equal) &&
-		reflect.DeepEqual(k.Endpoints, o.Endpoints) && k.MTU == o.MTU
+	return k.Self.Equal(o.Self) && k.Records.SameRecords(o.Records) &&
+		maps.Equal(k.Endpoints, o.Endpoints) && k.MTU == o.MTU
 }
 
 func putJSON(b *bolt.Bucket, key []byte, value any) error {

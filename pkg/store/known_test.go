@@ -69,7 +69,7 @@ func TestKnownRoundTrip(t *testing.T) {
 	}
 
 	second := first.Clone()
-	second.Records.Nodes["node-c"] = registry.Record{Name: "node-c", Left: true, Revision: 9}
+	second.Records.Nodes["node-c"] = new(registry.Record{Name: "node-c", Left: true, Revision: 9})
 	delete(second.Records.Nodes, "node-d")
 	delete(second.Endpoints, "node-c")
 	second.Endpoints["node-b"] = netip.MustParseAddrPort("192.0.2.22:51820")
@@ -118,7 +118,7 @@ func TestSaveKnownWritesChangesOnly(t *testing.T) {
 	mark(recordsBucket, "node-b", string(marker))
 	mark(endpointsBucket, "node-b", `"192.0.2.99:1"`)
 	now := before.Clone()
-	now.Records.Nodes["node-c"] = record("node-c", 5)
+	now.Records.Nodes["node-c"] = new(record("node-c", 5))
 	now.Endpoints["node-c"] = netip.MustParseAddrPort("192.0.2.5:51820")
 	save(t, dir, before, now)
 	if got := written(recordsBucket, "node-b"); got != string(marker) {
@@ -127,7 +127,7 @@ func TestSaveKnownWritesChangesOnly(t *testing.T) {
 	if got := written(endpointsBucket, "node-b"); got != `"192.0.2.99:1"` {
 		t.Errorf("the endpoint that has not changed was written: %s", got)
 	}
-	if got, _ := load(t, dir); !got.Records.Nodes["node-c"].Equal(now.Records.Nodes["node-c"]) || got.Endpoints["node-c"] != now.Endpoints["node-c"] {
+	if got, _ := load(t, dir); !got.Records.Nodes["node-c"].Equal(*now.Records.Nodes["node-c"]) || got.Endpoints["node-c"] != now.Endpoints["node-c"] {
 		t.Errorf("what has changed was not written: %+v", got)
 	}
 }
@@ -172,7 +172,7 @@ func TestDamagedKnown(t *testing.T) {
 			many := known()
 			for i := range 100 {
 				r := record("node-x"+strings.Repeat("x", i), 6)
-				many.Records.Nodes[r.Name] = r
+				many.Records.Nodes[r.Name] = &r
 			}
 			save(t, dir, Known{}, many)
 			d.do(t, KnownPath(dir))
@@ -235,7 +235,7 @@ func TestSaveOnReplacedFile(t *testing.T) {
 		t.Fatal("the file is not seen to be damaged")
 	}
 	now := before.Clone()
-	now.Records.Nodes["node-c"] = record("node-c", 1)
+	now.Records.Nodes["node-c"] = new(record("node-c", 1))
 	if err := SaveKnown(t.Context(), dir, before, now); err != nil {
 		t.Fatal(err)
 	}

@@ -67,7 +67,7 @@ func forget(ctx context.Context, c config.Config, name string) (note string, err
 	if err != nil {
 		return "", err
 	}
-	record, known := v.records.Nodes[name]
+	record, known := v.records.Record(name)
 	if !known {
 		return "", v.unknownNode(name)
 	}

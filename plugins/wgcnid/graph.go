@@ -111,7 +111,7 @@ func isTerminal(w io.Writer) bool {
 // drawMesh arranges the nodes whose records count, as the plan does.
 func drawMesh(c config.Config, v meshView) graph.Graph {
 	self := v.self
-	if r, published := v.records.Nodes[c.NodeName]; published && self.PublicKey == (wgtypes.Key{}) {
+	if r, published := v.records.Record(c.NodeName); published && self.PublicKey == (wgtypes.Key{}) {
 		self = r
 	}
 	f := reconcile.Facts(c, self.PublicKey, nil, store.Known{Self: self, Records: v.records}, nil)

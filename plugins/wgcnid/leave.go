@@ -98,7 +98,7 @@ func announceLeave(ctx context.Context, c config.Config, log *slog.Logger) (told
 	if err != nil {
 		return false, err
 	}
-	record, known := v.records.Nodes[c.NodeName]
+	record, known := v.records.Record(c.NodeName)
 	_, refused := v.records.Invalid[c.NodeName]
 	_, revoked := record.Revoked()
 	switch {

@@ -113,7 +113,7 @@ func TestAnnounceLeaveByTheClock(t *testing.T) {
 }
 
 // others are the records of all nodes but a, where the registry can be read.
-func (m *testMesh) others() map[string]registry.Record {
+func (m *testMesh) others() map[string]*registry.Record {
 	s, _ := m.registry.Snapshot(m.t.Context())
 	delete(s.Nodes, "a")
 	if len(s.Nodes) == 0 {

@@ -44,7 +44,7 @@ func viewMesh(ctx context.Context, c config.Config) (v meshView, err error) {
 	}
 	trust := v.registry.Trust()
 	for name, r := range known.Records.Nodes {
-		if trust.Check(r) != nil {
+		if trust.Check(*r) != nil {
 			delete(known.Records.Nodes, name)
 		}
 	}
@@ -63,7 +63,7 @@ func (v meshView) bury(ctx context.Context, name string, revoke bool) error {
 	defer cancel()
 	records, key := v.records, wgtypes.Key{}
 	for {
-		record := records.Nodes[name]
+		record, _ := records.Record(name)
 		if _, revoked := record.Revoked(); revoked || record.Left && !revoke {
 			return nil
 		}
@@ -92,7 +92,7 @@ func (v meshView) bury(ctx context.Context, name string, revoke bool) error {
 // foreign reports whether the record under this node's name is another node's.
 // While this node has no key, nor ever had a record, nobody can tell.
 func (v meshView) foreign(c config.Config) bool {
-	record, known := v.records.Nodes[c.NodeName]
+	record, known := v.records.Record(c.NodeName)
 	own := []wgtypes.Key{v.self.PublicKey}
 	if key, err := identity.Load(c.StateDir); err == nil {
 		own = append(own, key.Public())

@@ -115,7 +115,7 @@ func (m *testMesh) cache(records ...registry.Record) {
 		records[i] = registrytest.Seal(m.t, m.trust, records[i])
 	}
 	known := store.Known{Records: registry.NewSnapshot(records...)}
-	known.Self = known.Records.Nodes["a"]
+	known.Self, _ = known.Records.Record("a")
 	if err := store.SaveKnown(m.t.Context(), m.config.StateDir, store.Known{}, known); err != nil {
 		m.t.Fatal(err)
 	}
@@ -128,7 +128,8 @@ func (m *testMesh) stored(name string) registry.Record {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	return s.Nodes[name]
+	r, _ := s.Record(name)
+	return r
 }
 
 // run runs a command of node a, and fails the test if it tells a secret.

@@ -64,7 +64,7 @@ address is free again. To let the machine in again, add it anew: it gets a new k
 
 // peer returns the record of a machine that was added, by its name.
 func (v meshView) peer(name string) (registry.Record, error) {
-	r, known := v.records.Nodes[name]
+	r, known := v.records.Record(name)
 	switch {
 	case known && !r.Left && len(r.Via) > 0:
 		return r, nil
@@ -96,7 +96,7 @@ func (v meshView) entries(c config.Config, names []string, callable bool) (out [
 		names = []string{c.NodeName}
 	}
 	for _, name := range names {
-		r, known := v.records.Nodes[name]
+		r, known := v.records.Record(name)
 		switch {
 		case !known && name == c.NodeName:
 			return nil, errors.New("this node has not joined the mesh: start `wgcnid run`, or name another entry node with --via")

@@ -134,7 +134,8 @@ func (v *meshView) addPeer(ctx context.Context, c config.Config, name string, ke
 	if err != nil {
 		return r, err
 	}
-	if old := v.records.Nodes[name]; !old.Left && len(a.addresses) == 0 {
+	old, _ := v.records.Record(name)
+	if !old.Left && len(a.addresses) == 0 {
 		for _, p := range claimed(old) {
 			if p.IsSingleIP() {
 				a.addresses = append(a.addresses, p.Addr().String())
@@ -143,7 +144,7 @@ func (v *meshView) addPeer(ctx context.Context, c config.Config, name string, ke
 	}
 	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
-	seen := v.records.Nodes[name].Revision
+	seen := old.Revision
 	for {
 		if err := v.takeAddresses(c, &r, a); err != nil {
 			return r, err
@@ -230,7 +231,7 @@ func (v meshView) newPeer(c config.Config, name string, key wgtypes.Key, a peerA
 }
 
 func (v meshView) nameFree(name string, replace bool) error {
-	r, known := v.records.Nodes[name]
+	r, known := v.records.Record(name)
 	switch {
 	case !known || r.Left:
 		return nil

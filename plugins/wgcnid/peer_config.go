@@ -280,7 +280,7 @@ func (v meshView) preferred(r registry.Record, names []string) ([]string, error)
 // present leaves out the entry nodes that are no members any more, and notes it.
 func (v meshView) present(r registry.Record, names []string) (out, notes []string, err error) {
 	for _, name := range names {
-		if e, known := v.records.Nodes[name]; known && !e.Left {
+		if e, known := v.records.Record(name); known && !e.Left {
 			out = append(out, name)
 			continue
 		}

@@ -158,7 +158,8 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 		Peers: peerStatuses(outcome, now),
 	}
 	for i, p := range s.Peers {
-		s.Peers[i].Plain = len(known.Records.Nodes[p.Name].Via) > 0
+		r, _ := known.Records.Record(p.Name)
+		s.Peers[i].Plain = len(r.Via) > 0
 	}
 	s.Forwarding = reconcile.ForwardingNote(c, known, kernel.Forwards)
 	s.Nodes = nodeTraffic(c, outcome, s.Peers, now)

@@ -110,7 +110,8 @@ func (p *patient) survives(t *testing.T, o outage) {
 	}
 	records := awaitAgreement(t, p.Cluster, p.records)
 	port := fmt.Sprintf(":%d", p.port)
-	if got := records.Nodes[c.Name].Endpoints; len(got) == 0 || !strings.HasSuffix(got[0], port) {
+	record, _ := records.Record(c.Name)
+	if got := record.Endpoints; len(got) == 0 || !strings.HasSuffix(got[0], port) {
 		t.Errorf("%s announces %v, and listens on port %s since its reboot", c, got, port)
 	}
 	for _, n := range p.Nodes {

@@ -399,8 +399,8 @@ func (s siege) change(t *testing.T, n *cluster.Node) {
 func (s siege) knows(t *testing.T, n *cluster.Node, r registry.Record) error {
 	t.Helper()
 	known, _, err := store.LoadKnown(t.Context(), n.Path("/var/lib/wgcni"))
-	if got := known.Records.Nodes[r.Name].Revision; err == nil && got != r.Revision {
-		err = fmt.Errorf("revision %d of %s; want %d", got, r.Name, r.Revision)
+	if got, _ := known.Records.Record(r.Name); err == nil && got.Revision != r.Revision {
+		err = fmt.Errorf("revision %d of %s; want %d", got.Revision, r.Name, r.Revision)
 	}
 	return err
 }

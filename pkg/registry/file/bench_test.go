@@ -58,7 +58,7 @@ func BenchmarkAnnounce(b *testing.B) {
 					b.Fatal(err)
 				}
 				for u := range updates {
-					if u.Snapshot.Nodes["node-0"].Revision == rev {
+					if r, _ := u.Snapshot.Record("node-0"); r.Revision == rev {
 						break
 					}
 				}

@@ -109,18 +109,19 @@ func TestKilledWriters(t *testing.T) {
 			t.Fatalf("after the kill: %v", err)
 		}
 		for _, o := range others {
-			if !s.Nodes[o.Name].Equal(o) {
-				t.Fatalf("record of %s: %+v", o.Name, s.Nodes[o.Name])
+			if got, _ := s.Record(o.Name); !got.Equal(o) {
+				t.Fatalf("record of %s: %+v", o.Name, got)
 			}
 		}
 		var said uint64 // the last revision whose Publish had returned
 		if lines := strings.Fields(out.String()); len(lines) > 0 {
 			said, _ = strconv.ParseUint(lines[len(lines)-1], 10, 64)
 		}
-		if got := s.Nodes["victim"].Revision; got < max(known, said) {
+		victim, _ := s.Record("victim")
+		if got := victim.Revision; got < max(known, said) {
 			t.Fatalf("revision %d is stored; it was %d before, and the writer had published %d", got, known, said)
 		}
-		known = s.Nodes["victim"].Revision
+		known = victim.Revision
 		n := len(leftovers(t, r))
 		midway += n
 		if n > 1 {
@@ -143,7 +144,7 @@ func awaitRevision(t *testing.T, r handle, revision uint64) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if s.Nodes["victim"].Revision >= revision {
+		if victim, _ := s.Record("victim"); victim.Revision >= revision {
 			return
 		}
 		if time.Now().After(deadline) {

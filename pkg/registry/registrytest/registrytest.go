@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"sync"
 	"testing"
@@ -110,7 +109,7 @@ func Await(t *testing.T, updates <-chan registry.Update, what string, done func(
 // Has returns the condition that an update shows r.
 func Has(r registry.Record) func(registry.Update) bool {
 	return func(u registry.Update) bool {
-		got, ok := u.Snapshot.Nodes[r.Name]
+		got, ok := u.Snapshot.Record(r.Name)
 		return u.Err == nil && ok && got.Equal(r)
 	}
 }
@@ -259,7 +258,8 @@ func watchBurst(t *testing.T, open func() Registry) {
 	})
 	first, before := true, uint64(0)
 	Await(t, updates, "the last state", func(u registry.Update) bool {
-		got := u.Snapshot.Nodes["node-a"].Revision
+		r, _ := u.Snapshot.Record("node-a")
+		got := r.Revision
 		if u.Err != nil || got < before || got == before && !first {
 			t.Fatalf("after revision %d: %+v; want a later one", before, u)
 		}
@@ -404,7 +404,7 @@ func trustChanges(t *testing.T, open func() registry.Store) {
 	updates := r.Watch(t.Context())
 	is := func(want ...registry.Record) func(registry.Update) bool {
 		return func(u registry.Update) bool {
-			return u.Err == nil && maps.EqualFunc(u.Snapshot.Nodes, registry.NewSnapshot(want...).Nodes, registry.Record.Equal)
+			return u.Err == nil && u.Snapshot.SameRecords(registry.NewSnapshot(want...))
 		}
 	}
 	Await(t, updates, "what the first secret has sealed", is(a))
