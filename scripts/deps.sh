@@ -36,6 +36,8 @@ bench)
 	need ping iputils-ping
 	need iperf3 iperf3
 	need gcc gcc # the race detector
+	need chromium chromium
+	need promtool prometheus
 	[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
 	;;
 esac

@@ -57,7 +57,7 @@ type Registry interface {
 var _ Registry = (*registry.Registry)(nil)
 
 // Loop keeps a node's kernel as planned, and its record published, for ever.
-// All fields but Adopt, Report and Resync are required.
+// All fields but Adopt, Report, Passed and Resync are required.
 type Loop struct {
 	// Load reads the configuration; it is read again at every resync, since
 	// what it finds in other files (flannel's) may come later.
@@ -73,6 +73,9 @@ type Loop struct {
 	Adopt func(config.Config) ([]store.Attachment, error)
 	// Report is told after every pass how things stand.
 	Report func(Report)
+	// Passed is told of every pass, in the loop's own time: it must not wait for
+	// anything. Optional.
+	Passed func(Passed)
 	// Resync is how often everything is looked at although nothing has told of a
 	// change, 10 s if it is zero: WireGuard's peers change without a word.
 	Resync time.Duration
@@ -87,6 +90,7 @@ type Loop struct {
 	away        error              // why the registry cannot be read, nil if it can
 	awaySince   time.Time
 	observed    *mesh.State // what the kernel holds as far as is known; nil: ask it
+	planned     *mesh.State // the last plan that was carried out; nil before there is one
 	moved       map[wgtypes.Key]bool
 	joined      bool             // our record was in the registry at some time of this run
 	failing     string           // what the last pass failed with
@@ -365,9 +369,9 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	l.announce(now)
 
 	l.adoptIfNew(ctx)
+	look := mesh.Context{Now: now, Moved: l.moved}
 	o, err := Pass{
-		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Pairs: l.pairs, Observed: l.observed,
-		Context: mesh.Context{Now: now, Moved: l.moved},
+		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Pairs: l.pairs, Observed: l.observed, Context: look,
 	}.Run(ctx)
 	if l.observed == nil && err == nil {
 		l.lookForNodes(o, now)
@@ -375,6 +379,7 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	if err == nil || err.Error() != l.failing { // else they would be said every second
 		l.logOps(o.Ops)
 	}
+	mended := 0
 	if err != nil {
 		l.observed = nil
 		if text := err.Error(); text != l.failing {
@@ -383,7 +388,11 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 		}
 	} else {
 		l.failing = ""
-		l.observed, l.moved = &o.Plan.State, nil
+		if l.observed == nil {
+			mended = repairs(l.planned, o, look)
+		}
+		plan := o.Plan.State // a pointer into the outcome would keep all of it
+		l.observed, l.planned, l.moved = &plan, &plan, nil
 		l.pods = store.Pods(o.Pods)
 		l.describeSelf(now)
 	}
@@ -391,7 +400,7 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	l.announce(now)
 	l.tell()
 	l.save(ctx)
-	l.report(o, err)
+	l.report(o, err, mended)
 	return o, err
 }
 

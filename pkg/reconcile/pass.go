@@ -140,6 +140,8 @@ type Outcome struct {
 	// which could not be, and why; Run itself does not fail for it.
 	Fitted     []store.Attachment
 	LinksError error
+
+	Took Took
 }
 
 // Compare observes and plans, and changes nothing: Ops is what Run would do.
@@ -148,8 +150,13 @@ func (p Pass) Compare(ctx context.Context) (o Outcome, err error) {
 	// nothing which is seen in the kernel can be missing from the store.
 	if p.Observed != nil {
 		o.Observed = *p.Observed
-	} else if o.Observed, err = p.Kernel.Observe(); err != nil {
-		return o, err
+	} else {
+		begun := time.Now()
+		o.Observed, err = p.Kernel.Observe()
+		o.Took.Observe = time.Since(begun)
+		if err != nil {
+			return o, err
+		}
 	}
 	err = withStore(ctx, p.Config.RunDir, func(st *store.Attachments) error { return p.plan(&o, st) })
 	return o, err
@@ -171,10 +178,12 @@ func (p Pass) plan(o *Outcome, st *store.Attachments) error {
 	if !complete {
 		addrs = append(addrs, o.Observed.Filter.Pods...)
 	}
+	begun := time.Now()
 	facts := Facts(p.Config, p.Key, p.Pairs, p.Known, addrs)
 	facts.Now = p.Context.Now
 	o.Plan = mesh.NewPlan(facts)
 	o.Ops = mesh.Diff(o.Observed, o.Plan.State, p.Context)
+	o.Took.Plan += time.Since(begun)
 	return nil
 }
 
@@ -194,7 +203,11 @@ func (p Pass) Run(ctx context.Context) (Outcome, error) {
 		}
 	}
 	_, others := split(o.Ops)
+	begun := time.Now()
 	err = p.Kernel.Apply(others)
+	if len(o.Ops) > 0 {
+		o.Took.Apply += time.Since(begun)
+	}
 	if err == nil || errors.Is(err, kernel.ErrNoWireGuard) {
 		pods, rerr := p.recordApplied(ctx, o.Pods)
 		err = errors.Join(err, rerr)
@@ -216,6 +229,8 @@ func (p Pass) applyLocal(ctx context.Context, o *Outcome) error {
 			}
 		}
 		local, _ := split(o.Ops)
+		begun := time.Now()
+		defer func() { o.Took.Apply += time.Since(begun) }()
 		return p.Kernel.Apply(local)
 	})
 }

@@ -125,8 +125,8 @@ func compareRefusals(a, b Refusal) int {
 	return cmp.Or(cmp.Compare(a.Node, b.Node), cmp.Compare(a.Reason, b.Reason))
 }
 
-func (l *Loop) report(o Outcome, err error) {
-	if l.Report == nil {
+func (l *Loop) report(o Outcome, err error, mended int) {
+	if l.Report == nil && l.Passed == nil {
 		return
 	}
 	r := Report{
@@ -142,5 +142,14 @@ func (l *Loop) report(o Outcome, err error) {
 	if l.unpublished != "" {
 		r.PublishError, r.PublishSince = l.unpublished, l.unpublishedSince
 	}
-	l.Report(r)
+	if l.Report != nil {
+		l.Report(r)
+	}
+	if l.Passed != nil {
+		p := Passed{Report: r, Pods: len(o.Pods), Repairs: mended, Took: o.Took}
+		if l.planned != nil {
+			p.Peers = l.planned.Peers
+		}
+		l.Passed(p)
+	}
 }

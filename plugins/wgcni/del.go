@@ -46,6 +46,7 @@ func del(args *skel.CmdArgs) error {
 	if err != nil {
 		warn("DEL of %s %s: %v; left to wgcnid, which forgets pods whose network namespace is gone", args.ContainerID, args.IfName, err)
 	}
+	logVerb("DEL", args, err)
 	return nil
 }
 

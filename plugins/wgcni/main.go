@@ -10,11 +10,14 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
 
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/store"
 	wgversion "github.com/wgcni/wgcni/pkg/version"
 )
 
@@ -38,6 +41,7 @@ func main() {
 // verb gives a verb's error its CNI form, and turns a panic into one.
 func verb(name string, run func(*skel.CmdArgs) error) func(*skel.CmdArgs) error {
 	return func(args *skel.CmdArgs) (err error) {
+		defer func() { logVerb(name, args, err) }() // the last to run
 		defer func() {
 			if p := recover(); p != nil {
 				err = cniError(fmt.Errorf("internal fault in %s: %v", name, p))
@@ -48,6 +52,15 @@ func verb(name string, run func(*skel.CmdArgs) error) func(*skel.CmdArgs) error 
 		}
 		return nil
 	}
+}
+
+// started is nearly when the runtime started us.
+var started = time.Now()
+
+// logVerb leaves to the helper what became of a verb: metrics of this process
+// would be gone with it.
+func logVerb(name string, args *skel.CmdArgs, err error) {
+	store.LogVerb(config.RunDirOf(args.StdinData), store.Verb{Name: name, Failed: err != nil, Took: time.Since(started)})
 }
 
 // warn tells the operator without failing the verb; runtimes log stderr.

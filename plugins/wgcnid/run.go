@@ -20,26 +20,37 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/kernel/userspace"
+	"github.com/wgcni/wgcni/pkg/page"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 )
 
 func runCommand(o *options) *cobra.Command {
-	var logFormat string
+	var logFormat, listen string
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Keep this node in the mesh",
 		Long: `Keep this node in the mesh, until SIGTERM or SIGINT. The node's traffic does not
-depend on this process: when it ends, everything stays as it is.`,
-		Example: "  wgcnid run\n  wgcnid run --config /etc/cni/net.d/10-pods.conflist --log json",
+depend on this process: when it ends, everything stays as it is.
+
+By HTTP it serves a page that shows the node's state (/), the mesh as a picture
+(/graph.svg), metrics for Prometheus (/metrics), whether this process is alive
+(/healthz), and whether the kernel is as planned (/readyz). All of it can be read
+only, and by this machine only, unless --http says otherwise: whoever can connect
+sees the names and addresses of the mesh, but no key.`,
+		Example: "  wgcnid run\n  wgcnid run --config /etc/cni/net.d/10-pods.conflist --log json\n  wgcnid run --http 192.0.2.1:51822",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := newLogger(cmd.ErrOrStderr(), logFormat)
 			if err != nil {
 				return err
 			}
-			return run(cmd.Context(), *o, log)
+			if listen, err = parseListen(listen); err != nil {
+				return err
+			}
+			return run(cmd.Context(), *o, listen, log)
 		},
 	}
+	cmd.Flags().StringVar(&listen, "http", defaultHTTP, `where to serve the status page, metrics and probes; "off": nowhere`)
 	cmd.Flags().StringVar(&logFormat, "log", "text", "log format: text or json")
 	return cmd
 }
@@ -60,10 +71,12 @@ func newLoggerFrom(w io.Writer, format string, level slog.Level) (*slog.Logger, 
 	return nil, fmt.Errorf("--log: %q is neither text nor json", format)
 }
 
-func run(ctx context.Context, o options, log *slog.Logger) error {
+func run(ctx context.Context, o options, listen string, log *slog.Logger) error {
 	// It shares the node with what earns the money: memory counts for more than
 	// the little time that collecting it earlier takes.
 	debug.SetGCPercent(50)
+	events := page.NewEvents(manyEvents)
+	log = slog.New(events.Handler(log.Handler()))
 	c, err := o.load()
 	if err != nil {
 		return err
@@ -83,6 +96,9 @@ func run(ctx context.Context, o options, log *slog.Logger) error {
 		return err
 	}
 	loop.Load = keepLast(o.load, c.StateDir, log)
+	web := newWeb(o, c, listen, events, log)
+	loop.Passed = web.passed
+	go web.run(ctx)
 	behind, ranges := "podCIDRs", c.PodCIDRs
 	if c.Bare {
 		behind, ranges = "subnets", c.Subnets

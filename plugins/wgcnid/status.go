@@ -120,6 +120,8 @@ const (
 	stateMissing    = "missing"      // planned, and not in the kernel
 )
 
+var peerStates = []string{stateConnected, stateIdle, stateWaiting, stateNoEndpoint, stateMissing}
+
 func readStatus(ctx context.Context, o options) (Status, error) {
 	c, err := o.loadLast()
 	if err != nil {

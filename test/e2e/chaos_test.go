@@ -139,7 +139,7 @@ func TestKillAtRandomMoments(t *testing.T) {
 		t.Errorf("a pod that nobody touched: %s; want no loss after the first handshake, which took %d", r, warm)
 	}
 	mustBeClean(t, capture)
-	leftovers := run(t, a, "sh", "-c", "ls /run/wgcni /var/lib/wgcni | grep -v '^attachments.db\\(.lock\\)\\?$\\|^peers.db\\(.lock\\)\\?$\\|^private.key$\\|^last.conflist$\\|^wgcnid.lock$\\|^helper.json$\\|^announced.json$\\|^tunnel.log$\\|^/\\|^$' || true")
+	leftovers := run(t, a, "sh", "-c", "ls /run/wgcni /var/lib/wgcni | grep -v '^attachments.db\\(.lock\\)\\?$\\|^peers.db\\(.lock\\)\\?$\\|^private.key$\\|^last.conflist$\\|^wgcnid.lock$\\|^helper.json$\\|^announced.json$\\|^tunnel.log$\\|^tunnel.json$\\|^verbs.log$\\|^/\\|^$' || true")
 	if got := strings.Fields(leftovers); len(got) > 3 { // a killed write leaves its file aside; they do not pile up
 		t.Errorf("left in the folders: %v", got)
 	}

@@ -17,6 +17,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -44,7 +45,7 @@ const Command = "tunnel"
 
 // Start starts this very program once more, as `wgcnid tunnel NAME MTU` in a
 // session of its own, and returns when the interface can be configured. What
-// the process has to say goes to logFile.
+// the process has to say goes to logFile, and what it counts into the same folder.
 func Start(name string, mtu int, logFile string) error {
 	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -58,7 +59,7 @@ func Start(name string, mtu int, logFile string) error {
 	defer r.Close()
 	cmd := exec.Command(self(), Command, name, strconv.Itoa(mtu))
 	cmd.Args[0] = "wgcnid"
-	cmd.Env = append(os.Environ(), readyEnv+"=1")
+	cmd.Env = append(os.Environ(), readyEnv+"=1", countsEnv+"="+countsPath(filepath.Dir(logFile)))
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Dir = "/"
@@ -117,11 +118,15 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 		dev.Close() //nolint:errcheck // on the way out
 		return fmt.Errorf("open the control socket of %s: %w", name, err)
 	}
+	counter := newCounter()
 	wg := device.NewDevice(dev, newBind(conn.NewDefaultBind()), &device.Logger{
-		Verbosef: device.DiscardLogf,
+		Verbosef: counter.verbosef,
 		Errorf:   logs.Printf,
 	})
 	defer wg.Close()
+	if path := os.Getenv(countsEnv); path != "" { // else it was started by hand: nobody asks
+		go counter.keep(ctx, path, countsEvery)
+	}
 	// Not ipc.UAPIListen: it would need an inotify instance, of which root has 128
 	// on a node for everything.
 	listener, err := net.FileListener(socket)
