@@ -57,12 +57,17 @@ type Machine struct {
 	Via string `json:"via,omitempty"`
 	// Alone says why it can talk to nobody, of those with whom it shares a segment.
 	Alone string `json:"alone,omitempty"`
+	// Tunnel is the one that the machine that draws has to it; nil if there is none,
+	// or nothing is known of it.
+	Tunnel *Tunnel `json:"tunnel,omitempty"`
 }
 
 // Edge joins two machines, the lesser name first.
 type Edge struct {
 	From string `json:"from"`
 	To   string `json:"to"`
+	// Tunnel is set for those of the machine that draws, if anything is known of them.
+	Tunnel *Tunnel `json:"tunnel,omitempty"`
 }
 
 // Mesh is a set of machines, by name.
@@ -95,9 +100,9 @@ func New(nodes []mesh.Node, carrier map[string]string, self string) Graph {
 			}
 			switch {
 			case l.direct(i, j) && !l.covered[i][j]:
-				g.Edges = append(g.Edges, Edge{a.Name, b.Name})
+				g.Edges = append(g.Edges, Edge{From: a.Name, To: b.Name})
 			case l.pair(i, j).apart:
-				g.Apart = append(g.Apart, Apart{Edge{a.Name, b.Name}, t.WhyNot(a.Name, b.Name)})
+				g.Apart = append(g.Apart, Apart{Edge{From: a.Name, To: b.Name}, t.WhyNot(a.Name, b.Name)})
 			}
 		}
 	}

@@ -10,48 +10,62 @@ import (
 )
 
 // style is that of a light background, and of a dark one where the reader has that.
+// Its selectors hold for the picture only, which may be part of a page.
 const style = `
-  text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1c2733 }
-  .background { fill: #ffffff }
-  .title { font-size: 15px; font-weight: 600 }
-  .location { font-size: 14px; font-weight: 600 }
-  .name { font-size: 13px }
-  .small { font-size: 10px; fill: #5d6b7a }
-  .plain { font-size: 12px; fill: #5d6b7a }
-  .fault { font-size: 12px; fill: #c62f3b }
-  .card { fill: #f5f7fa; stroke: #d5dce4 }
-  .panel { fill: #ffffff; stroke: #e3e8ee }
-  .chip { stroke-width: 1.4 }
-  .node { fill: #ffffff; stroke: #9aa8b6 }
-  .gateway { fill: #dbe9ff; stroke: #3b6fb5 }
-  .spoke { fill: #fff6df; stroke: #c79a3a }
-  .peer { fill: #f3edfc; stroke: #8b6cc1 }
-  .self { stroke: #0a8a56; stroke-width: 3.2 }
-  .silent { stroke: #c62f3b; stroke-dasharray: 5 3 }
-  .mark { stroke-width: 1.6 }
-  .standby { fill: none }
-  .line { stroke: #9aa8b6; stroke-width: 1.5; fill: none }
-  .core { stroke: #3b6fb5; stroke-width: 2.4; fill: none }
-  .apart { stroke: #c62f3b; stroke-width: 1.6; stroke-dasharray: 6 5; fill: none }
-  .hub { fill: #5d6b7a }
+  .mesh text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1c2733 }
+  .mesh .background { fill: #ffffff }
+  .mesh .title { font-size: 15px; font-weight: 600 }
+  .mesh .location { font-size: 14px; font-weight: 600 }
+  .mesh .name { font-size: 13px }
+  .mesh .small { font-size: 10px; fill: #5d6b7a }
+  .mesh .plain { font-size: 12px; fill: #5d6b7a }
+  .mesh .fault { font-size: 12px; fill: #c62f3b }
+  .mesh .card { fill: #f5f7fa; stroke: #d5dce4 }
+  .mesh .panel { fill: #ffffff; stroke: #e3e8ee }
+  .mesh .chip { stroke-width: 1.4 }
+  .mesh .node { fill: #ffffff; stroke: #9aa8b6 }
+  .mesh .gateway { fill: #dbe9ff; stroke: #3b6fb5 }
+  .mesh .spoke { fill: #fff6df; stroke: #c79a3a }
+  .mesh .peer { fill: #f3edfc; stroke: #8b6cc1 }
+  .mesh .self { stroke: #0a8a56; stroke-width: 3.2 }
+  .mesh .silent { stroke: #c62f3b; stroke-dasharray: 5 3 }
+  .mesh .mark { stroke-width: 1.6 }
+  .mesh .standby { fill: none }
+  .mesh .active { fill: #3b6fb5 }
+  .mesh .line { stroke: #9aa8b6; stroke-width: 1.5; fill: none }
+  .mesh .core { stroke: #3b6fb5; stroke-width: 2.4; fill: none }
+  .mesh .apart { stroke: #c62f3b; stroke-width: 1.6; stroke-dasharray: 6 5; fill: none }
+  .mesh .hub { fill: #5d6b7a }
+  .mesh .own { fill: none; stroke-linecap: round }
+  .mesh .fresh { stroke: #0a8a56 }
+  .mesh .idle { stroke: #b7791f; stroke-dasharray: 11 7 }
+  .mesh .never, .mesh .missing { stroke: #c62f3b; stroke-dasharray: 1 8 }
+  .mesh .state { stroke-width: 2.2; stroke-dasharray: none; fill: #ffffff }
+  .mesh .state.fresh { fill: #0a8a56 }
   @media (prefers-color-scheme: dark) {
-    text { fill: #e3eaf1 }
-    .background { fill: #0f151c }
-    .small, .plain { fill: #9fb0c0 }
-    .fault { fill: #ff7b84 }
-    .card { fill: #17202a; stroke: #2b3947 }
-    .panel { fill: #121a22; stroke: #263340 }
-    .node { fill: #1e2935; stroke: #5c6f82 }
-    .gateway { fill: #17304f; stroke: #6ea8ff }
-    .spoke { fill: #33290f; stroke: #d2a94f }
-    .peer { fill: #2a2140; stroke: #a98be0 }
-    .self { stroke: #37c98b }
-    .silent { stroke: #ff6b74 }
-    .standby { fill: none }
-    .line { stroke: #62768a }
-    .core { stroke: #6ea8ff }
-    .apart { stroke: #ff6b74 }
-    .hub { fill: #9fb0c0 }
+    .mesh text { fill: #e3eaf1 }
+    .mesh .background { fill: #0f151c }
+    .mesh .small, .mesh .plain { fill: #9fb0c0 }
+    .mesh .fault { fill: #ff7b84 }
+    .mesh .card { fill: #17202a; stroke: #2b3947 }
+    .mesh .panel { fill: #121a22; stroke: #263340 }
+    .mesh .node { fill: #1e2935; stroke: #5c6f82 }
+    .mesh .gateway { fill: #17304f; stroke: #6ea8ff }
+    .mesh .spoke { fill: #33290f; stroke: #d2a94f }
+    .mesh .peer { fill: #2a2140; stroke: #a98be0 }
+    .mesh .self { stroke: #37c98b }
+    .mesh .silent { stroke: #ff6b74 }
+    .mesh .standby { fill: none }
+    .mesh .active { fill: #6ea8ff }
+    .mesh .line { stroke: #62768a }
+    .mesh .core { stroke: #6ea8ff }
+    .mesh .apart { stroke: #ff6b74 }
+    .mesh .hub { fill: #9fb0c0 }
+    .mesh .fresh { stroke: #37c98b }
+    .mesh .idle { stroke: #e0a84a }
+    .mesh .never, .mesh .missing { stroke: #ff6b74 }
+    .mesh .state { fill: #0f151c }
+    .mesh .state.fresh { fill: #37c98b }
   }
 `
 
@@ -69,6 +83,19 @@ func (s *svg) text(at point, class, anchor, text string) {
 
 func (s *svg) line(a, b point, class string) {
 	s.add(`<line class="%s" x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f"/>`, class, a.x, a.y, b.x, b.y)
+}
+
+// tunnel is a line that shows the tunnel's state and traffic.
+func (s *svg) tunnel(a, b point, t Tunnel) {
+	s.add(`<line class="own %s" stroke-width="%.1f" x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f"/>`, t.State, t.width(), a.x, a.y, b.x, b.y)
+}
+
+// state is a dot that does without colours: full, empty, or crossed out.
+func (s *svg) state(at point, state string) {
+	s.add(`<circle class="state %s" cx="%.1f" cy="%.1f" r="4.5"/>`, state, at.x, at.y)
+	if state == TunnelNever || state == TunnelMissing {
+		s.line(point{at.x - 3, at.y + 3}, point{at.x + 3, at.y - 3}, "state "+state)
+	}
 }
 
 func escape(s string) string {
@@ -98,7 +125,7 @@ func (g Graph) SVG() string {
 	footer := 8 + 26*float64(len(rows)) + 18*float64(len(faults))
 	height := header + high.y - low.y + footer + margin
 	var s svg
-	s.add(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %.0f %.0f" width="%.0f" height="%.0f">`, width, height, width, height)
+	s.add(`<svg class="mesh" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %.0f %.0f" width="%.0f" height="%.0f">`, width, height, width, height)
 	s.add("<title>%s</title>\n<style>%s</style>", escape(g.title()), style)
 	s.add(`<rect class="background" width="%.0f" height="%.0f"/>`, width, height)
 	s.text(point{margin, 28}, "title", "start", g.title())
@@ -142,7 +169,7 @@ func (g Graph) title() string {
 	if g.Self != "" {
 		text += ", as " + shorten(g.Self) + " knows them"
 	}
-	return text
+	return text + g.tunnelsTitle()
 }
 
 func count(n int, what string) string {
@@ -184,10 +211,18 @@ func (g Graph) drawLines(s *svg, p picture) {
 		s.line(p.anchor(from), p.anchor(to), class)
 	}
 	for _, m := range g.Meshes {
-		p.drawMesh(s, m)
+		p.drawMesh(s, m, g.spokes(m))
 	}
-	for _, e := range g.Edges {
-		line(e.From, e.To, "")
+	for _, own := range []bool{false, true} { // on top of the others
+		for _, e := range g.Edges {
+			switch {
+			case own != (e.Tunnel != nil):
+			case !own:
+				line(e.From, e.To, "")
+			case p.where[e.From] != p.where[e.To] || !p.where[e.From].rows:
+				s.tunnel(p.anchor(e.From), p.anchor(e.To), *e.Tunnel)
+			}
+		}
 	}
 	if len(g.Apart) <= maxLines {
 		for _, a := range g.Apart {
@@ -217,8 +252,9 @@ func (p picture) anchor(name string) point {
 	return at
 }
 
-// drawMesh joins all to a point in their midst.
-func (p picture) drawMesh(s *svg, m Mesh) {
+// drawMesh joins all to a point in their midst. The spokes of tunnels that something
+// is known of are drawn as these.
+func (p picture) drawMesh(s *svg, m Mesh, own map[string]*Tunnel) {
 	if !p.hasHub(m) {
 		return
 	}
@@ -230,7 +266,11 @@ func (p picture) drawMesh(s *svg, m Mesh) {
 		}
 	}
 	for _, name := range m.Machines {
-		s.line(at, p.anchor(name), class)
+		if t := own[name]; t != nil {
+			s.tunnel(at, p.anchor(name), *t)
+		} else {
+			s.line(at, p.anchor(name), class)
+		}
 	}
 	s.add(`<circle class="hub" cx="%.1f" cy="%.1f" r="6"/>`, at.x, at.y)
 }
@@ -253,6 +293,9 @@ func (m *chip) draw(s *svg, self string) {
 		s.text(point{name.x, name.y + noteHeight + 1}, "small", "start", m.note)
 	}
 	s.text(name, "name", "start", shorten(m.Name))
+	if m.Tunnel != nil {
+		s.state(point{m.at.x + m.w/2 - 3, m.at.y - m.h/2 + 3}, m.Tunnel.State)
+	}
 	s.add("</g>")
 }
 
@@ -261,10 +304,12 @@ func drawMark(s *svg, at point, m Machine) {
 	class := "mark " + m.Kind
 	switch m.Kind {
 	case KindGateway:
-		if !m.Active {
+		if m.Active {
+			class += " active"
+		} else {
 			class += " standby"
 		}
-		s.add(`<path class="%s" d="M%.1f %.1fl6 -6l6 6l-6 6z" style="%s"/>`, class, at.x-6, at.y, filled(m.Active))
+		s.add(`<path class="%s" d="M%.1f %.1fl6 -6l6 6l-6 6z"/>`, class, at.x-6, at.y)
 	case KindSpoke:
 		s.add(`<circle class="%s" cx="%.1f" cy="%.1f" r="5"/>`, class, at.x, at.y)
 		s.line(at, point{at.x - 9, at.y}, class)
@@ -274,13 +319,6 @@ func drawMark(s *svg, at point, m Machine) {
 	default:
 		s.add(`<circle class="%s" cx="%.1f" cy="%.1f" r="5"/>`, class, at.x, at.y)
 	}
-}
-
-func filled(active bool) string {
-	if active {
-		return "fill: #3b6fb5"
-	}
-	return ""
 }
 
 // shortNote is what the mark does not say.
@@ -308,6 +346,9 @@ func shortNote(m Machine) string {
 	case n > 0:
 		out = append(out, "in "+strings.Join(m.Segments, ", "))
 	}
+	if m.Tunnel != nil {
+		out = append(out, m.Tunnel.note())
+	}
 	return strings.Join(out, " · ")
 }
 
@@ -316,6 +357,7 @@ type item struct {
 	text, line string // line: its class
 	machine    Machine
 	self       bool
+	tunnel     string // the state of one
 }
 
 func (i item) width() float64 { return 50 + 6.7*float64(utf8.RuneCountInString(i.text)) }
@@ -323,6 +365,9 @@ func (i item) width() float64 { return 50 + 6.7*float64(utf8.RuneCountInString(i
 func (i item) draw(s *svg, at point) {
 	mark := point{at.x + 12, at.y - 4}
 	switch {
+	case i.tunnel != "":
+		s.tunnel(point{at.x, mark.y}, point{at.x + 24, mark.y}, Tunnel{State: i.tunnel, TransmitBytes: 1024})
+		s.state(mark, i.tunnel)
 	case i.line == "hub":
 		s.add(`<circle class="hub" cx="%.1f" cy="%.1f" r="6"/>`, mark.x, mark.y)
 	case i.line != "":
@@ -351,7 +396,13 @@ func (g Graph) legend(p picture) (out []item) {
 			out = append(out, i)
 		}
 	}
+	for _, t := range g.own() {
+		has[t.State] = true
+	}
 	for _, e := range g.Edges {
+		if e.Tunnel != nil {
+			continue
+		}
 		a, b := p.where[e.From], p.where[e.To]
 		has["core"] = has["core"] || a != b
 		has["line"] = has["line"] || a == b && !a.rows
@@ -368,6 +419,9 @@ func (g Graph) legend(p picture) (out []item) {
 	add(has["line"], item{text: "tunnel", line: "line"})
 	add(has["core"], item{text: "tunnel between locations", line: "core"})
 	add(has["hub"], item{text: "each with a tunnel to each", line: "hub"})
+	add(has[TunnelFresh], item{text: "own tunnel, wider with more traffic", tunnel: TunnelFresh})
+	add(has[TunnelIdle], item{text: "idle: no handshake lately", tunnel: TunnelIdle})
+	add(has[TunnelNever] || has[TunnelMissing], item{text: "no handshake yet", tunnel: TunnelNever})
 	add(len(g.Apart) > 0 && len(g.Apart) <= maxLines, item{text: "cannot talk", line: "apart"})
 	return out
 }

@@ -28,18 +28,38 @@ func (g Graph) DOT() string {
 	}
 	for i, m := range g.Meshes {
 		fmt.Fprintf(&b, "  mesh_%d [shape=point width=0.15 xlabel=%s];\n", i, dotQuote(m.label()))
+		own := g.spokes(m)
 		for _, name := range m.Machines {
-			fmt.Fprintf(&b, "  mesh_%d -- %s;\n", i, dotQuote(name))
+			fmt.Fprintf(&b, "  mesh_%d -- %s%s;\n", i, dotQuote(name), own[name].dotAttributes(""))
 		}
 	}
 	for _, e := range g.Edges {
-		fmt.Fprintf(&b, "  %s -- %s;\n", dotQuote(e.From), dotQuote(e.To))
+		label := ""
+		if e.Tunnel != nil {
+			label = e.Tunnel.label()
+		}
+		fmt.Fprintf(&b, "  %s -- %s%s;\n", dotQuote(e.From), dotQuote(e.To), e.Tunnel.dotAttributes(label))
 	}
 	for _, a := range g.Apart {
 		fmt.Fprintf(&b, "  %s -- %s [style=dashed color=\"#c62f3b\" tooltip=%s];\n", dotQuote(a.From), dotQuote(a.To), dotQuote("they cannot talk: "+a.Why))
 	}
 	b.WriteString("}\n")
 	return b.String()
+}
+
+// dotAttributes are those of the line of a tunnel; none for one that nothing is known of.
+func (t *Tunnel) dotAttributes(label string) string {
+	if t == nil {
+		return ""
+	}
+	text := fmt.Sprintf(" [color=%q penwidth=%.1f", tunnelColours[t.State], t.width())
+	if t.State != TunnelFresh {
+		text += " style=dashed"
+	}
+	if label != "" {
+		text += " label=" + dotQuote(strings.ReplaceAll(label, ", ", "\n")) + " fontsize=9"
+	}
+	return text + "]"
 }
 
 func (m Mesh) label() string {
@@ -91,6 +111,9 @@ func (m Machine) notes() (out []string) {
 	if len(m.Segments) > 0 {
 		out = append(out, "in "+strings.Join(m.Segments, ", "))
 	}
+	if m.Tunnel != nil {
+		out = append(out, m.Tunnel.label())
+	}
 	return out
 }
 
@@ -121,17 +144,26 @@ func (g Graph) Mermaid() string {
 			b.WriteString("  end\n")
 		}
 	}
+	var links []*Tunnel // in the order in which Mermaid counts them
 	for i, m := range g.Meshes {
 		fmt.Fprintf(&b, "  mesh%d((%s))\n", i, mermaidQuote(m.label()))
+		own := g.spokes(m)
 		for _, name := range m.Machines {
 			fmt.Fprintf(&b, "  mesh%d --- %s\n", i, id[name])
+			links = append(links, own[name])
 		}
 	}
 	for _, e := range g.Edges {
 		fmt.Fprintf(&b, "  %s --- %s\n", id[e.From], id[e.To])
+		links = append(links, e.Tunnel)
 	}
 	for _, a := range g.Apart {
 		fmt.Fprintf(&b, "  %s -. cannot talk .- %s\n", id[a.From], id[a.To])
+	}
+	for i, t := range links {
+		if t != nil {
+			fmt.Fprintf(&b, "  linkStyle %d stroke:%s,stroke-width:%.1fpx\n", i, tunnelColours[t.State], t.width())
+		}
 	}
 	g.mermaidClasses(&b, id)
 	return b.String()

@@ -67,6 +67,7 @@ func (w *wireguard) configure(name string, c wgtypes.Config) (err error) {
 type Handshake struct {
 	At       time.Time // of the last one; zero if there was none
 	Received int64     // bytes in all, handshakes among them
+	Sent     int64     // the same
 }
 
 // Handshakes returns those of all peers, by public key. Where the interface is
@@ -81,7 +82,7 @@ func (k *Kernel) Handshakes() (map[wgtypes.Key]Handshake, error) {
 	}
 	out := make(map[wgtypes.Key]Handshake, len(d.Peers))
 	for _, p := range d.Peers {
-		h := Handshake{Received: p.ReceiveBytes}
+		h := Handshake{Received: p.ReceiveBytes, Sent: p.TransmitBytes}
 		if p.LastHandshakeTime.Unix() > 0 { // the kernel has 1970 for none
 			h.At = p.LastHandshakeTime
 		}

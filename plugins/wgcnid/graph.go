@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/graph"
+	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 	"github.com/wgcni/wgcni/pkg/store"
@@ -29,7 +31,9 @@ func graphCommand(o *options) *cobra.Command {
 		Short: "Draw the mesh: its locations, gateways and tunnels",
 		Long: `Draw the mesh as this node knows it: machines by location, gateways, spokes and
 plain WireGuard peers, the tunnels by which traffic goes, this node, and who cannot
-talk to whom. While the registry is away, what this node knows is drawn.
+talk to whom. While the registry is away, what this node knows is drawn. As root, this
+node's own tunnels are drawn as its kernel has them: by their last handshake, and
+wider with more traffic.
 
 The formats are svg (for browsers, on light and dark backgrounds), dot (for
 Graphviz), mermaid (for Markdown) and json. Without --format it is that of the
@@ -54,7 +58,11 @@ tunnels to each other, a point in their midst stands for these.`,
 			if v.away != nil {
 				fmt.Fprintln(cmd.ErrOrStderr(), printable("The registry is away; this is what this node knows: "+oneLine(v.away.Error())))
 			}
-			text, err := graphText(drawMesh(c, v), format)
+			g := drawMesh(c, v)
+			if tunnels := ownTunnels(c, v, time.Now()); tunnels != nil {
+				g = g.WithTunnels(tunnels)
+			}
+			text, err := graphText(g, format)
 			if err != nil {
 				return err
 			}
@@ -128,6 +136,31 @@ func drawMesh(c config.Config, v meshView) graph.Graph {
 		}
 	}
 	return graph.New(nodes, carrier, c.NodeName)
+}
+
+// ownTunnels are this node's, by the names of the far ends, as its kernel has them;
+// nil where it has none, or does not tell.
+func ownTunnels(c config.Config, v meshView, now time.Time) map[string]graph.Tunnel {
+	k, err := kernel.Open(kernel.Config{Interface: c.Interface})
+	if err != nil {
+		return nil
+	}
+	defer k.Close()
+	heard, err := k.Handshakes()
+	if err != nil || heard == nil {
+		return nil
+	}
+	return tunnelsOf(heard, v, now)
+}
+
+func tunnelsOf(heard map[wgtypes.Key]kernel.Handshake, v meshView, now time.Time) map[string]graph.Tunnel {
+	out := map[string]graph.Tunnel{}
+	for _, r := range v.records.Records() {
+		if h, there := heard[r.PublicKey]; there && !r.Left {
+			out[r.Name] = graph.NewTunnel(h.At, h.Received, h.Sent, now)
+		}
+	}
+	return out
 }
 
 func graphText(g graph.Graph, format string) (string, error) {

@@ -76,6 +76,7 @@ configuration list; a machine with no CNI gives that entry in a file of its own.
 	root.AddCommand(
 		runCommand(&o), syncCommand(&o), statusCommand(&o), nodesCommand(&o), graphCommand(&o), leaveCommand(&o), forgetCommand(&o),
 		peerCommand(&o), secretCommand(&o), endpointCommand(&o), versionCommand(), tunnelCommand(),
+		explainCommand(&o),
 	)
 	return root
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -42,6 +43,7 @@ type CaptureReport struct {
 	Plain      int // IP packets, without neighbour discovery, from or to the prefixes
 	Dropped    int // frames that the kernel could not queue: not looked at
 	Findings   []Finding
+	Seen       map[string]int // frames with each marker, by the first that they have
 }
 
 // String is the report with the frames that should not be there.
@@ -287,6 +289,7 @@ func (c *Capture) Report() (CaptureReport, error) {
 	}
 	r := c.report
 	r.Findings = slices.Clone(r.Findings)
+	r.Seen = maps.Clone(r.Seen)
 	return r, nil
 }
 

@@ -114,6 +114,10 @@ func (r *CaptureReport) inspect(frame []byte, o *CaptureOptions) {
 	for _, m := range o.Markers {
 		if bytes.Contains(frame, m) {
 			r.WithMarker++
+			if r.Seen == nil {
+				r.Seen = map[string]int{}
+			}
+			r.Seen[string(m)]++
 			r.keep(frame, fmt.Sprintf("has marker %.40q: %s", m, p))
 			break
 		}
