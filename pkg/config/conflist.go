@@ -68,7 +68,7 @@ func Load(path, dir string) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
-	c, err := parseFile(data)
+	c, err := ParseFile(data)
 	if err != nil {
 		return Config{}, fmt.Errorf("%s: %w", path, err)
 	}
@@ -76,7 +76,8 @@ func Load(path, dir string) (Config, error) {
 	return c, nil
 }
 
-func parseFile(data []byte) (Config, error) {
+// ParseFile is Load for the content of a conflist or of a bare stanza's file.
+func ParseFile(data []byte) (Config, error) {
 	var list conflist
 	if err := json.Unmarshal(data, &list); err != nil {
 		return Config{}, fmt.Errorf("not valid JSON: %w", err)

@@ -77,6 +77,9 @@ configuration list; a machine with no CNI gives that entry in a file of its own.
 		runCommand(&o), syncCommand(&o), statusCommand(&o), nodesCommand(&o), graphCommand(&o), leaveCommand(&o), forgetCommand(&o),
 		peerCommand(&o), secretCommand(&o), endpointCommand(&o), versionCommand(), tunnelCommand(),
 		explainCommand(&o),
+		doctorCommand(&o),
+		verifyCommand(&o),
+		installCommand(&o), uninstallCommand(&o),
 	)
 	return root
 }

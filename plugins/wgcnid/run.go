@@ -77,7 +77,7 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 	debug.SetGCPercent(50)
 	events := page.NewEvents(manyEvents)
 	log = slog.New(events.Handler(log.Handler()))
-	c, err := o.load()
+	c, err := o.awaitEntry(ctx, log)
 	if err != nil {
 		return err
 	}
@@ -86,6 +86,7 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 		return err
 	}
 	defer lock.Close()
+	defer keepInstalled(ctx, c.StateDir, o.cniDir, log)()
 	k, err := openKernel(c)
 	if err != nil {
 		return err
@@ -95,7 +96,7 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 	if err != nil {
 		return err
 	}
-	loop.Load = keepLast(o.load, c.StateDir, log)
+	loop.Load = keepLast(o.loadInstalled, c.StateDir, log)
 	web := newWeb(o, c, listen, events, log)
 	loop.Passed = web.passed
 	go web.run(ctx)

@@ -93,7 +93,7 @@ func TestStatusWithoutSecret(t *testing.T) {
 	m.must(os.Remove(m.secretFile()))
 	out, errs := m.apart("status", "--config", m.conf)
 	want := "seal       the secrets cannot be read, and wgcnid will not start: cluster secret: open " + m.secretFile() + ": no such file or directory: copy it"
-	if !strings.HasPrefix(out, "Pod traffic to other nodes is dropped: interface wgcni0 is missing") || !strings.Contains(out, want) || errs != "" {
+	if !strings.HasPrefix(out, "No. Pod traffic to other nodes is dropped: interface wgcni0 is missing") || !strings.Contains(out, want) || errs != "" {
 		t.Errorf("%s%s", out, errs)
 	}
 	out, _ = m.apart("status", "--json", "--config", m.conf)
@@ -111,7 +111,7 @@ func TestStatusForgotten(t *testing.T) {
 	m.must(err)
 	m.cache(registry.Record{Name: "a", PublicKey: key.Public(), Left: true, Revision: 2}, registrytest.Record("b", 1))
 	out, errs := m.apart("status", "--config", m.conf)
-	if !strings.HasPrefix(out, "Pod traffic to other nodes is dropped: the mesh has forgotten this node and revoked its key. To join again, stop wgcnid") || errs != "" {
+	if !strings.HasPrefix(out, "No. Pod traffic to other nodes is dropped: the mesh has forgotten this node and revoked its key. To join again, stop wgcnid") || errs != "" {
 		t.Errorf("%s%s", out, errs)
 	}
 	if _, err := os.Stat(filepath.Join(m.config.StateDir, "private.key")); err != nil {
@@ -134,7 +134,7 @@ func TestNodeWithoutSecret(t *testing.T) {
 		"$wgcnid" status --config "$conf"; echo --
 		"$wgcnid" leave --force --config "$conf" 2>&1; echo --
 		ip -o link show type tun; ip rule list | grep 30567 || true`)
-	const encrypted = "Pod traffic to the other node is encrypted; nothing leaves in the clear.\n"
+	const encrypted = "Yes. Pod traffic to the other node is encrypted; nothing leaves in the clear.\n"
 	for i, want := range []string{"preshared-key (hidden)", encrypted, `"presharedKey": true`, encrypted, "a has left the mesh"} {
 		if !strings.Contains(steps[i], want) {
 			t.Errorf("step %d: no %s in\n%s", i, want, steps[i])

@@ -65,6 +65,7 @@ type Status struct {
 	Node       string          `json:"node"`
 	PublicKey  string          `json:"publicKey,omitempty"`
 	Encryption mesh.Encryption `json:"encryption"`
+	Answer     Answer          `json:"answer"`    // to whether its traffic is encrypted
 	Verdict    string          `json:"verdict"`   // one sentence
 	OK         bool            `json:"ok"`        // the kernel holds the plan, tunnel included
 	Interface  *LinkStatus     `json:"interface"` // null: there is none
@@ -109,6 +110,8 @@ type PeerStatus struct {
 	NodeTraffic string `json:"nodeTraffic,omitempty"`
 	// Plain says that it runs nothing but WireGuard; see `wgcnid peer`.
 	Plain bool `json:"plain,omitempty"`
+	// Reason is why it is not connected, and what to do about it; "" if it is.
+	Reason string `json:"reason,omitempty"`
 }
 
 // The states of a peer.
@@ -162,6 +165,7 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	for i, p := range s.Peers {
 		r, _ := known.Records.Record(p.Name)
 		s.Peers[i].Plain = len(r.Via) > 0
+		s.Peers[i].Reason = peerReason(s.Peers[i], r.Endpoints, s.Helper)
 	}
 	s.Forwarding = reconcile.ForwardingNote(c, known, kernel.Forwards)
 	s.Nodes = nodeTraffic(c, outcome, s.Peers, now)
@@ -184,7 +188,7 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	if r, err := readReport(c.RunDir); err == nil {
 		s.Report = &r
 	}
-	s.OK, s.Verdict = verdict(s, c, reconcile.Forgotten(c.NodeName, public, known))
+	s.OK, s.Answer, s.Verdict = verdict(s, c, reconcile.Forgotten(c.NodeName, public, known))
 	return s, nil
 }
 
@@ -242,58 +246,12 @@ func peerState(p mesh.Peer, present bool, now time.Time) string {
 	return stateWaiting
 }
 
-// rejoin is how a forgotten node gets in again.
-const rejoin = "To join again, stop wgcnid, run `wgcnid leave --purge` and start it."
-
-// verdict answers the one question that people have.
-func verdict(s Status, c config.Config, forgotten bool) (bool, string) {
-	nodes := len(s.Peers)
-	for _, p := range s.Peers {
-		if p.Plain {
-			nodes--
-		}
-	}
-	others := fmt.Sprintf("all %d other nodes", nodes)
-	if nodes == 1 {
-		others = "the other node"
-	}
-	traffic, to := "Pod traffic", "Pod traffic to"
-	if c.Bare {
-		traffic, to = "Traffic with pods", "Traffic with the pods of"
-	}
-	switch {
-	case forgotten && c.Encryption == mesh.Preferred:
-		return false, traffic + " is NOT encrypted: the mesh has forgotten this node and revoked its key. " + rejoin
-	case forgotten:
-		return false, to + " other nodes is dropped: the mesh has forgotten this node and revoked its key. " + rejoin
-	case s.PublicKey == "" && c.Bare:
-		return false, "This machine has not joined yet, and holds nothing back. Start wgcnid."
-	case s.PublicKey == "" && c.Encryption == mesh.Preferred:
-		return false, traffic + " is NOT encrypted: this node has not joined yet. Start wgcnid."
-	case s.PublicKey == "":
-		return false, to + " other nodes is dropped: this node has not joined yet. Start wgcnid."
-	case s.Interface == nil && c.Encryption == mesh.Required:
-		return false, fmt.Sprintf("%s other nodes is dropped: interface %s is missing. Is wgcnid running?", to, c.Interface)
-	case s.Interface == nil:
-		return false, fmt.Sprintf("%s is NOT encrypted: interface %s is missing. Is wgcnid running?", traffic, c.Interface)
-	case len(s.Pending) > 0:
-		return false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs."
-	case nodes == 0 && c.Encryption == mesh.Required:
-		return true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear."
-	case nodes == 0:
-		return true, "No other node has joined yet; pod traffic to other nodes flows in the clear (encryption is \"preferred\")."
-	case c.Encryption == mesh.Preferred:
-		return true, fmt.Sprintf("%s %s of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").", to, others)
-	}
-	return true, fmt.Sprintf("%s %s is encrypted; nothing leaves in the clear.", to, others)
-}
-
 func printStatus(w io.Writer, s Status, asJSON bool) error {
 	if asJSON {
 		return printJSON(w, s)
 	}
 	var b strings.Builder
-	fmt.Fprintln(&b, s.Verdict)
+	fmt.Fprintf(&b, "%s. %s\n", s.Answer, s.Verdict)
 	fmt.Fprintf(&b, "\n%s\n", s.head())
 	if s.Interface != nil {
 		fmt.Fprintf(&b, "interface  %s, UDP port %d, MTU %d, public key %s\n", s.Interface.Name, s.Interface.ListenPort, s.Interface.MTU, s.PublicKey)
@@ -312,17 +270,7 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	}
 	fmt.Fprintf(&b, "dropped    %d plaintext packets on their way out, %d on their way in\n\n", s.Dropped.Out.Packets, s.Dropped.In.Packets)
 
-	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "PEER\tENDPOINT\tHANDSHAKE\tRECEIVED\tSENT\tPREFIXES\tSTATE")
-	for _, p := range s.Peers {
-		endpoint := "-"
-		if p.Endpoint.IsValid() {
-			endpoint = p.Endpoint.String()
-		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Name, endpoint, ago(s.Time, p.LastHandshake),
-			size(p.ReceiveBytes), size(p.TransmitBytes), list(p.AllowedIPs), p.State)
-	}
-	if err := t.Flush(); err != nil {
+	if err := printPeerTable(&b, s); err != nil {
 		return err
 	}
 	if s.Report != nil {
@@ -336,6 +284,33 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 	}
 	_, err := io.WriteString(w, printable(b.String()))
 	return err
+}
+
+// printPeerTable has a column for why some are not connected, where some are not.
+func printPeerTable(w io.Writer, s Status) error {
+	var b strings.Builder
+	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	reasons := slices.ContainsFunc(s.Peers, func(p PeerStatus) bool { return p.Reason != "" })
+	fmt.Fprintf(t, "PEER\tENDPOINT\tHANDSHAKE\tRECEIVED\tSENT\tPREFIXES\tSTATE%s\n", map[bool]string{true: "\tREASON"}[reasons])
+	for _, p := range s.Peers {
+		endpoint := "-"
+		if p.Endpoint.IsValid() {
+			endpoint = p.Endpoint.String()
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s", p.Name, endpoint, ago(s.Time, p.LastHandshake),
+			size(p.ReceiveBytes), size(p.TransmitBytes), list(p.AllowedIPs), p.State)
+		if reasons {
+			fmt.Fprintf(t, "\t%s", oneLine(p.Reason))
+		}
+		fmt.Fprintln(t)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for line := range strings.Lines(b.String()) {
+		fmt.Fprintln(w, strings.TrimRight(line, " \n"))
+	}
+	return nil
 }
 
 func ago(now, then time.Time) string {

@@ -75,7 +75,7 @@ b     192.0.2.2:51820  42s ago    1.00 MiB  1.50 KiB  10.244.2.0/24  connected
 `
 
 func TestPrintStatus(t *testing.T) {
-	const encrypted = "Pod traffic to the other node is encrypted; nothing leaves in the clear.\n"
+	const encrypted = "Yes. Pod traffic to the other node is encrypted; nothing leaves in the clear.\n"
 	const rejoins = " To join again, stop wgcnid, run `wgcnid leave --purge` and start it.\n"
 	preferred := exampleConfig
 	preferred.Encryption = mesh.Preferred
@@ -92,13 +92,15 @@ func TestPrintStatus(t *testing.T) {
 			s := connected()
 			s.Peers = append(s.Peers, PeerStatus{Name: "c", State: stateWaiting})
 			return s
-		}, true, "Pod traffic to all 2 other nodes is encrypted; nothing leaves in the clear.\n" + head + connectedTable +
-			"c     -                never      0 B       0 B       none           no handshake\n"},
+		}, true, "Yes. Pod traffic to all 2 other nodes is encrypted; nothing leaves in the clear.\n" + head + `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT      PREFIXES       STATE         REASON
+b     192.0.2.2:51820  42s ago    1.00 MiB  1.50 KiB  10.244.2.0/24  connected
+c     -                never      0 B       0 B       none           no handshake  nothing was sent yet; the first packet starts a handshake
+`},
 		{"no peers", exampleConfig, func() Status {
 			s := newStatus()
 			s.Peers = []PeerStatus{}
 			return s
-		}, true, "No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear.\n" + head +
+		}, true, "Nothing to encrypt. No other node has joined yet; pod traffic to other nodes is dropped, nothing leaves in the clear.\n" + head +
 			"PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE\n"},
 		{"fragments", exampleConfig, func() Status {
 			s := connected()
@@ -107,29 +109,29 @@ func TestPrintStatus(t *testing.T) {
 		}, true, encrypted + strings.Replace(head, "helper ", "           packets of more than 1220 bytes leave in fragments: mend it\nhelper ", 1) + connectedTable},
 		{"idle", exampleConfig, func() Status {
 			return newStatus(observedPeer(func(p *mesh.Peer) { p.LastHandshake = now.Add(-time.Hour) }))
-		}, true, encrypted + head + `PEER  ENDPOINT         HANDSHAKE   RECEIVED  SENT      PREFIXES       STATE
-b     192.0.2.2:51820  1h0m0s ago  1.00 MiB  1.50 KiB  10.244.2.0/24  idle
+		}, true, encrypted + head + `PEER  ENDPOINT         HANDSHAKE   RECEIVED  SENT      PREFIXES       STATE  REASON
+b     192.0.2.2:51820  1h0m0s ago  1.00 MiB  1.50 KiB  10.244.2.0/24  idle   nothing was sent lately; the next packet starts a handshake
 `},
 		{"never a handshake", exampleConfig, func() Status {
 			return newStatus(observedPeer(func(p *mesh.Peer) {
 				p.LastHandshake, p.ReceiveBytes, p.TransmitBytes = time.Time{}, 0, 148
 			}))
-		}, true, encrypted + head + `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT   PREFIXES       STATE
-b     192.0.2.2:51820  never      0 B       148 B  10.244.2.0/24  no handshake
+		}, true, "No. Pod traffic to the other node is held back: there is no handshake with b; nothing leaves in the clear.\n" + head + `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT   PREFIXES       STATE         REASON
+b     192.0.2.2:51820  never      0 B       148 B  10.244.2.0/24  no handshake  nothing comes back from 192.0.2.2:51820: see that wgcnid runs there, and that UDP port 51820 is open on the way; run ` + "`wgcnid doctor b`" + `
 `},
 		{"behind NAT", exampleConfig, func() Status {
 			return newStatus(observedPeer(func(p *mesh.Peer) {
 				*p = mesh.Peer{PublicKey: keyB, AllowedIPs: podsB}
 			}))
-		}, true, encrypted + head + `PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES       STATE
-b     -         never      0 B       0 B   10.244.2.0/24  no endpoint
+		}, true, encrypted + head + `PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES       STATE        REASON
+b     -         never      0 B       0 B   10.244.2.0/24  no endpoint  it is behind NAT and has not called yet: see that wgcnid runs there
 `},
 		{"missing peer", exampleConfig, func() Status {
 			s := newStatus()
 			s.Pending = []string{"wg set wgcni0 peer x"}
 			return s
-		}, false, "The kernel differs from the plan; wgcnid mends it within seconds, if it runs.\n" + head + `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT  PREFIXES       STATE
-b     192.0.2.2:51820  never      0 B       0 B   10.244.2.0/24  missing
+		}, false, "Partly. The kernel differs from the plan; wgcnid mends it within seconds, if it runs.\n" + head + `PEER  ENDPOINT         HANDSHAKE  RECEIVED  SENT  PREFIXES       STATE    REASON
+b     192.0.2.2:51820  never      0 B       0 B   10.244.2.0/24  missing  wgcnid is about to add it; if it stays, its log says why
 pending: wg set wgcni0 peer x
 `},
 		{"helper not running", exampleConfig, func() Status {
@@ -206,27 +208,27 @@ refused in all since wgcnid's start: 1 forged
 			"refused: 5000 records more; `wgcnid nodes` lists all\n"},
 		{
 			"preferred", preferred, connected, true,
-			"Pod traffic to the other node of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").\n" + head + connectedTable,
+			"Partly. Pod traffic to the other node of the mesh is encrypted; to nodes that have not joined it flows in the clear (encryption is \"preferred\").\n" + head + connectedTable,
 		},
 		{"preferred, no peers", preferred, func() Status {
 			s := newStatus()
 			s.Peers = nil
 			return s
-		}, true, "No other node has joined yet; pod traffic to other nodes flows in the clear (encryption is \"preferred\").\n" + head +
+		}, true, "Nothing to encrypt. No other node has joined yet; pod traffic to other nodes flows in the clear (encryption is \"preferred\").\n" + head +
 			"PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE\n"},
 		{
 			"forgotten", exampleConfig, func() Status { return outcast(connected()) }, false,
-			"Pod traffic to other nodes is dropped: the mesh has forgotten this node and revoked its key." + rejoins + head + connectedTable,
+			"No. Pod traffic to other nodes is dropped: the mesh has forgotten this node and revoked its key." + rejoins + head + connectedTable,
 		},
 		{
 			"forgotten, preferred", preferred, func() Status { return outcast(connected()) }, false,
-			"Pod traffic is NOT encrypted: the mesh has forgotten this node and revoked its key." + rejoins + head + connectedTable,
+			"No. Pod traffic is NOT encrypted: the mesh has forgotten this node and revoked its key." + rejoins + head + connectedTable,
 		},
 		{"not joined", exampleConfig, func() Status {
 			s := newStatus()
 			s.PublicKey, s.Interface, s.Peers, s.Helper, s.Prefixes = "", nil, nil, false, nil
 			return s
-		}, false, `Pod traffic to other nodes is dropped: this node has not joined yet. Start wgcnid.
+		}, false, `No. Pod traffic to other nodes is dropped: this node has not joined yet. Start wgcnid.
 
 node       a, 3 pods, prefixes none
 helper     NOT running: traffic flows, changes are not followed
@@ -241,7 +243,10 @@ PEER  ENDPOINT  HANDSHAKE  RECEIVED  SENT  PREFIXES  STATE
 			s := tt.status()
 			s.Encryption = tt.config.Encryption
 			forgotten := s.Report != nil && s.Report.Forgotten
-			s.OK, s.Verdict = verdict(s, tt.config, forgotten)
+			s.OK, s.Answer, s.Verdict = verdict(s, tt.config, forgotten)
+			for i, p := range s.Peers {
+				s.Peers[i].Reason = peerReason(p, nil, s.Helper)
+			}
 			var b strings.Builder
 			if err := printStatus(&b, s, false); err != nil {
 				t.Fatal(err)
@@ -264,12 +269,12 @@ func TestVerdictWithoutInterface(t *testing.T) {
 	} {
 		c, s := exampleConfig, connected()
 		c.Encryption, s.Interface = encryption, nil
-		if ok, got := verdict(s, c, false); ok || got != want {
+		if ok, _, got := verdict(s, c, false); ok || got != want {
 			t.Errorf("%v: ok %v, %q, want %q", encryption, ok, got, want)
 		}
 		s.PublicKey = ""
 		want, _, _ = strings.Cut(want, ":")
-		if ok, got := verdict(s, c, false); ok || got != want+": this node has not joined yet. Start wgcnid." {
+		if ok, _, got := verdict(s, c, false); ok || got != want+": this node has not joined yet. Start wgcnid." {
 			t.Errorf("%v, not joined: ok %v, %q", encryption, ok, got)
 		}
 	}
@@ -334,7 +339,7 @@ func TestStatusJSON(t *testing.T) {
 		value any
 		want  string
 	}{
-		{"status", top, "encryption helperRunning interface node nodeTraffic ok peers pending plaintextDropped pods prefixes publicKey registry report seal time verdict"},
+		{"status", top, "answer encryption helperRunning interface node nodeTraffic ok peers pending plaintextDropped pods prefixes publicKey registry report seal time verdict"},
 		{"peer", top["peers"].([]any)[0], "allowedIPs endpoint lastHandshake name presharedKey publicKey receiveBytes state transmitBytes"},
 		{"interface", top["interface"], "listenPort mtu name up"},
 		{"report", top["report"], "at conflicts refused"},

@@ -20,6 +20,7 @@ type PodOptions struct {
 	IfName         string            // optional: the pod's interface; eth0 by default
 	Args           map[string]string // optional: CNI_ARGS, such as K8S_POD_NAME
 	CapabilityArgs string            // optional: CAP_ARGS, a JSON object
+	PluginDir      string            // optional: folder of the plugins; the cluster's BinDir by default
 	Sysctls        map[string]string // optional: keys below net of the pod's namespace, set before it is attached
 }
 
@@ -92,6 +93,9 @@ func (n *Node) AddPod(ctx context.Context, network, name string, o PodOptions) (
 	}
 	if o.CapabilityArgs != "" {
 		p.env = append(p.env, "CAP_ARGS="+o.CapabilityArgs)
+	}
+	if o.PluginDir != "" {
+		p.env = append(p.env, "CNI_PATH="+o.PluginDir)
 	}
 	if _, err := n.Run(ctx, "ip", "netns", "add", name); err != nil {
 		return nil, fmt.Errorf("add pod %s: %w", name, err)

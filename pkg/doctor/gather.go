@@ -1,0 +1,183 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/google/nftables"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
+	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/registry"
+	"github.com/wgcni/wgcni/pkg/store"
+)
+
+// Sources are where the facts come from.
+type Sources struct {
+	Config   config.Config
+	Kernel   *kernel.Kernel
+	Registry *registry.Registry
+	Trust    registry.Trust
+	// TrustError says why the cluster's secrets cannot be read.
+	TrustError error
+	Report     *reconcile.Report // the helper's last word; nil if there is none
+	CNIDir     string
+	BinDir     string // optional: of the CNI plugins; found by default
+	Version    string
+	Peers      []string // optional: only these; all by default
+	Quick      bool     // send nothing
+}
+
+// How long some things may take.
+const (
+	registryPatience = 5 * time.Second
+	settlePatience   = 3 * time.Second // for the helper to mend what differs
+	settlePause      = 200 * time.Millisecond
+)
+
+// Gather looks at all there is. What cannot be looked at is a fact too, so that
+// there is no error.
+func Gather(ctx context.Context, s Sources) Facts {
+	f := Facts{
+		Now: time.Now(), Version: s.Version, Quick: s.Quick, Config: s.Config, Chain: GatherChains(ctx, s.CNIDir, s.BinDir, s.Config),
+		Helper: Helper{Running: reconcile.HelperAlive(s.Config.RunDir), Report: s.Report},
+	}
+	f.Files = gatherFiles(s)
+	f.Mesh = gatherMesh(ctx, s, f.Now)
+	f.Plan = gatherPlan(ctx, s, f)
+	f.Mesh.Conflicts = f.Plan.conflicts
+	f.Tunnel = gatherTunnel(s.Config, f.Plan)
+	f.Network = gatherNetwork(s, f)
+	f.Rules, f.RulesError = gatherRules(ctx)
+	f.Peers = gatherPeers(ctx, s, f)
+	return f
+}
+
+func gatherFiles(s Sources) Files {
+	f := Files{KeyPath: identity.Path(s.Config.StateDir), SecretPath: s.Config.SecretFile, SecretError: s.TrustError, SecretIDs: len(s.Trust.Secrets)}
+	_, f.KeyError = identity.Load(s.Config.StateDir)
+	f.KeyMode, f.StateMode = mode(f.KeyPath), mode(s.Config.StateDir)
+	return f
+}
+
+func mode(path string) uint32 {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0
+	}
+	return uint32(info.Mode().Perm())
+}
+
+func gatherMesh(ctx context.Context, s Sources, now time.Time) Mesh {
+	m := Mesh{Store: s.Registry.String()}
+	if key, err := identity.Load(s.Config.StateDir); err == nil {
+		m.Key = key.Public()
+	}
+	known, _, err := store.LoadKnown(ctx, s.Config.StateDir)
+	if err == nil {
+		if complete, err := reconcile.Bootstrap(s.Config, known, s.Kernel, now); err == nil {
+			known = complete
+		}
+	}
+	m.Known = known
+	if m.Key == (wgtypes.Key{}) && mode(identity.Path(s.Config.StateDir)) != 0 {
+		m.Key = known.Self.PublicKey // the key is there, and cannot be read: that is one fault, not many
+	}
+	m.Forgotten = reconcile.Forgotten(s.Config.NodeName, m.Key, known)
+	ctx, cancel := context.WithTimeout(ctx, registryPatience)
+	defer cancel()
+	begin := time.Now()
+	m.Fresh, m.RegistryError = s.Registry.Snapshot(ctx)
+	m.Took = time.Since(begin)
+	if m.RegistryError == nil {
+		_, m.Stale = registry.Merge(m.Known.Records, m.Fresh)
+	}
+	if s.Config.Registry.Type != config.RegistryEtcd {
+		m.WriteError = writable(s.Config.Registry.Path)
+	}
+	return m
+}
+
+// writable asks the kernel; the registry's file is replaced, so that it is the
+// folder that counts.
+func writable(path string) error {
+	if err := unix.Access(filepath.Dir(path), unix.W_OK); err != nil {
+		return fmt.Errorf("folder %s cannot be written to: %w", filepath.Dir(path), err)
+	}
+	if err := unix.Access(path+".lock", unix.W_OK); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s.lock cannot be written to: %w", path, err)
+	}
+	return nil
+}
+
+// gatherPlan compares the kernel with the plan. What differs while the helper runs
+// is looked at again: it may be about to be mended.
+func gatherPlan(ctx context.Context, s Sources, f Facts) Plan {
+	p := Plan{Tables: tables()}
+	pass := reconcile.Pass{
+		Config: s.Config, Kernel: s.Kernel, Known: f.Mesh.Known, Key: f.Mesh.Key,
+		Pairs: identity.NewPairs(f.Mesh.Key, s.Trust.Secrets), Context: mesh.Context{Now: f.Now},
+	}
+	for deadline := time.Now().Add(settlePatience); ; {
+		var o reconcile.Outcome
+		if o, p.Error = pass.Compare(ctx); p.Error == nil {
+			if s.TrustError != nil { // which keys there should be is not known
+				keepPresharedKeys(&o, pass.Context)
+			}
+			p.Observed, p.State, p.Pending, p.Pods, p.conflicts = o.Observed, o.Plan.State, o.Ops, o.Pods, o.Plan.Conflicts
+		}
+		settled := p.Error == nil && len(p.Pending) == 0
+		if settled || !f.Helper.Running || time.Now().After(deadline) || ctx.Err() != nil {
+			return p
+		}
+		time.Sleep(settlePause)
+		if known, _, err := store.LoadKnown(ctx, s.Config.StateDir); err == nil && known.MTU != 0 {
+			pass.Known = known
+		}
+		pass.Context.Now = time.Now()
+	}
+}
+
+func keepPresharedKeys(o *reconcile.Outcome, c mesh.Context) {
+	have := map[wgtypes.Key]mesh.Fingerprint{}
+	for _, p := range o.Observed.Peers {
+		have[p.PublicKey] = p.PresharedKey
+	}
+	for i, p := range o.Plan.Peers {
+		o.Plan.Peers[i].PresharedKey = have[p.PublicKey]
+	}
+	o.Ops = mesh.Diff(o.Observed, o.Plan.State, c)
+}
+
+// tables asks whether this kernel has nftables, and lets us use it.
+func tables() error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	_, err = c.ListTables()
+	return err
+}
+
+func gatherRules(ctx context.Context) (Ruleset, error) {
+	rules, err := readNftables()
+	if err != nil {
+		return rules, err
+	}
+	legacy, err := readLegacy(ctx)
+	rules.Chains = append(rules.Chains, legacy.Chains...)
+	if legacy.Unread != "" {
+		rules.Unread = legacy.Unread
+	}
+	return rules, err
+}

@@ -1,0 +1,2 @@
+// Package probe sends packets to see what becomes of them.
+package probe
