@@ -9,7 +9,7 @@ GOFUMPT  := v0.12.0
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build tools flannel demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
+.PHONY: help deps build man tools flannel demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ deps: ## Install the Debian packages that demo, test and bench need
 build: ## Build the plugin and the helper into .bin
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./plugins/...
+
+man: ## Write the man pages of wgcnid into .bin/man
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(GO) run -tags man -ldflags '$(LDFLAGS)' ./plugins/wgcnid man $(BIN)/man
 
 tools: ## Build cnitool, the reference plugins, wireguard-go and etcd, as pinned in go.mod
 	@mkdir -p $(BIN)

@@ -162,8 +162,19 @@ func (k *Kernel) setLink(o mesh.SetLink) error {
 	return err
 }
 
+// hostSysctls is where a container, whose own /proc/sys is read-only, has the
+// node's. It cannot be mounted where it belongs: container runtimes let nobody
+// mount below /proc.
+const hostSysctls = "/host/proc/sys/"
+
 func writeSysctl(path, value string) error {
-	return os.WriteFile("/proc/sys/"+path, []byte(value), 0)
+	err := os.WriteFile("/proc/sys/"+path, []byte(value), 0)
+	if errors.Is(err, unix.EROFS) {
+		if _, there := os.Stat(hostSysctls + path); there == nil {
+			return os.WriteFile(hostSysctls+path, []byte(value), 0)
+		}
+	}
+	return err
 }
 
 func (k *Kernel) removeLink(name string) error {

@@ -64,7 +64,7 @@ func TestHelp(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", path, err)
 		}
-		if example := "  wgcnid " + path; path != "version" && (!strings.Contains(help, "Examples:\n") || !strings.Contains(help, example)) {
+		if example := "  wgcnid " + path; !strings.Contains(help, "Examples:\n") || !strings.Contains(help, example) {
 			t.Errorf("the help of %s has no example:\n%s", path, help)
 		}
 		for line := range strings.Lines(cmd.Long) {
@@ -74,8 +74,8 @@ func TestHelp(t *testing.T) {
 		}
 	})
 	if want := []string{
-		"endpoint", "forget", "graph", "leave", "nodes", "peer", "peer add", "peer config", "peer list", "peer remove", "run",
-		"secret", "secret list", "secret new", "status", "sync", "version",
+		"completion", "endpoint", "forget", "graph", "install", "leave", "nodes", "peer", "peer add", "peer config", "peer list", "peer remove", "run",
+		"secret", "secret list", "secret new", "status", "sync", "uninstall", "version",
 	}; !slices.Equal(names, want) {
 		t.Errorf("commands %q, want %q", names, want)
 	}
@@ -120,6 +120,11 @@ func TestCommandLineErrors(t *testing.T) {
 		{"secret new b", []string{"b"}},
 		{"forget", []string{"forget NAME", "wgcnid nodes"}},
 		{"run --log xml", []string{"--log", `"xml"`, "text", "json"}},
+		{"run --log-level verbose", []string{"--log-level", `"verbose"`, "debug, info, warn, error"}},
+		{"run --log-level info+1", []string{"--log-level", `"info+1"`}},
+		{"endpoint --log-level all", []string{"--log-level", `"all"`}},
+		{"completion tcsh", []string{`"tcsh"`, "wgcnid completion"}},
+		{"completion", []string{"bash", "zsh", "fish"}},
 		// The folder that was looked into, and how to mend it.
 		{"run --cni-dir " + empty, []string{empty, "wgcni", "--config"}},
 		{"sync --cni-dir " + empty, []string{empty, "wgcni", "--config"}},
@@ -202,7 +207,7 @@ func TestPermission(t *testing.T) {
 func TestLogFormats(t *testing.T) {
 	for format, want := range map[string]string{"text": `msg=starting node=a`, "json": `"msg":"starting","node":"a"`} {
 		var b bytes.Buffer
-		log, err := newLogger(&b, format)
+		log, err := logFlags{format, "info"}.logger(&b)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -35,7 +35,7 @@ type endpointFlags struct {
 	maxConnections int
 	maxSessions    int
 	health         string
-	logFormat      string
+	logs           logFlags
 	debug          bool
 }
 
@@ -82,11 +82,10 @@ the tunnel is made anew. "wgcnid run" must run beside it.`,
   curl -s http://127.0.0.1:51821/healthz http://127.0.0.1:51821/metrics`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			level := slog.LevelInfo
 			if f.debug {
-				level = slog.LevelDebug
+				f.logs.level = "debug"
 			}
-			log, err := newLoggerFrom(cmd.ErrOrStderr(), f.logFormat, level)
+			log, err := f.logs.logger(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}
@@ -107,8 +106,8 @@ the tunnel is made anew. "wgcnid run" must run beside it.`,
 	flags.IntVar(&f.maxConnections, "max-connections", endpoint.DefaultMaxConnections, "TCP connections at once, of all forwards")
 	flags.IntVar(&f.maxSessions, "max-udp-sessions", endpoint.DefaultMaxSessions, "UDP callers at once; the longest silent one makes room")
 	flags.StringVar(&f.health, "health", "127.0.0.1:51821", `where to serve /healthz and /metrics; "off": nowhere`)
-	flags.StringVar(&f.logFormat, "log", "text", "log format: text or json")
-	flags.BoolVar(&f.debug, "debug", false, "log every connection")
+	f.logs.register(flags)
+	flags.BoolVar(&f.debug, "debug", false, "log every connection: --log-level debug")
 	return cmd
 }
 

@@ -40,6 +40,9 @@ runtime takes it, and nothing that the primary's agent writes at boot lets a pod
 start without wgcni. As long as ` + "`wgcnid run`" + ` runs, the copy follows the
 original. A .conf file, which has one plugin, is copied as a list.
 
+An entry without "nodeName" is given that of $NODE_NAME, if that is set: the plugin,
+which the runtime starts, does not have it.
+
 --in-place inserts the entry into the file itself, and ` + "`wgcnid run`" + ` puts it back
 when the agent rewrites the file; until then pods start without wgcni. It is meant
 for runtimes that use several networks at once (containerd with max_conf_num other
@@ -104,6 +107,9 @@ func (f installFlags) options(o *options) (at install.Options, err error) {
 	if f.entry != "" {
 		if at.Entry, err = install.Entry(text); err != nil {
 			return at, fmt.Errorf("--entry %s: %w", f.entry, err)
+		}
+		if at.Entry, err = withNodeName(at.Entry, os.Getenv(nodeNameEnv)); err != nil {
+			return at, err
 		}
 		c, err := config.Parse(at.Entry)
 		if err != nil {

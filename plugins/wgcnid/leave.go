@@ -143,7 +143,8 @@ func awaitHelperEnd(ctx context.Context, runDir string, told bool) (*os.File, er
 	}
 }
 
-// removeFolder deletes a folder with all it holds. One that is a mount stays, empty.
+// removeFolder deletes a folder with all it holds. One that is a mount stays, empty,
+// as in a container, whose root may be read-only.
 func removeFolder(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -157,7 +158,7 @@ func removeFolder(dir string) error {
 			return err
 		}
 	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, syscall.EBUSY) {
+	if err := os.Remove(dir); err != nil && !errors.Is(err, syscall.EBUSY) && !errors.Is(err, syscall.EROFS) {
 		return err
 	}
 	return nil

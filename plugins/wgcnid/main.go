@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -37,6 +38,7 @@ func main() {
 type options struct {
 	configFile string
 	cniDir     string
+	resync     time.Duration // of `run`; 0 is the loop's own
 }
 
 func (o options) load() (config.Config, error) { return config.Load(o.configFile, o.cniDir) }
@@ -57,6 +59,9 @@ func asRoot(err error, euid int) error {
 	}
 	return err
 }
+
+// tagged are the commands of files that have a build tag.
+var tagged []func() *cobra.Command
 
 func rootCommand() *cobra.Command {
 	var o options
@@ -80,15 +85,21 @@ configuration list; a machine with no CNI gives that entry in a file of its own.
 		doctorCommand(&o),
 		verifyCommand(&o),
 		installCommand(&o), uninstallCommand(&o),
+		completionCommand(), idleCommand(),
 	)
+	for _, command := range tagged {
+		root.AddCommand(command())
+	}
+	completeArguments(root, &o)
 	return root
 }
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "version",
-		Short: "Print the version",
-		Args:  cobra.NoArgs,
+		Use:     "version",
+		Short:   "Print the version",
+		Example: "  wgcnid version",
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			_, err := fmt.Fprintln(cmd.OutOrStdout(), "wgcnid", version.String())
 			return err

@@ -74,6 +74,7 @@ func newLoop(o options, c config.Config, k *kernel.Kernel, log *slog.Logger) (*r
 		Resolver: &reconcile.Resolver{Lookup: net.DefaultResolver.LookupNetIP, Changed: func() {}},
 		Log:      log,
 		Now:      time.Now,
+		Resync:   o.resync,
 		Adopt:    cachedAttachments,
 		Report:   func(r reconcile.Report) { writeReport(c.RunDir, r, log) },
 	}

@@ -25,22 +25,26 @@ import (
 )
 
 func runCommand(o *options) *cobra.Command {
-	var logFormat, listen string
+	var listen string
+	var logs logFlags
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Keep this node in the mesh",
 		Long: `Keep this node in the mesh, until SIGTERM or SIGINT. The node's traffic does not
 depend on this process: when it ends, everything stays as it is.
 
+It logs to standard error, one line for each change, and nothing while nothing
+changes.
+
 By HTTP it serves a page that shows the node's state (/), the mesh as a picture
 (/graph.svg), metrics for Prometheus (/metrics), whether this process is alive
 (/healthz), and whether the kernel is as planned (/readyz). All of it can be read
 only, and by this machine only, unless --http says otherwise: whoever can connect
 sees the names and addresses of the mesh, but no key.`,
-		Example: "  wgcnid run\n  wgcnid run --config /etc/cni/net.d/10-pods.conflist --log json\n  wgcnid run --http 192.0.2.1:51822",
+		Example: "  wgcnid run\n  wgcnid run --config /etc/cni/net.d/10-pods.conflist --log json\n  wgcnid run --log-level debug\n  wgcnid run --http 192.0.2.1:51822",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			log, err := newLogger(cmd.ErrOrStderr(), logFormat)
+			log, err := logs.logger(cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}
@@ -51,24 +55,11 @@ sees the names and addresses of the mesh, but no key.`,
 		},
 	}
 	cmd.Flags().StringVar(&listen, "http", defaultHTTP, `where to serve the status page, metrics and probes; "off": nowhere`)
-	cmd.Flags().StringVar(&logFormat, "log", "text", "log format: text or json")
+	logs.register(cmd.Flags())
+	// Several resyncs, in which nothing may be logged, would take a test minutes.
+	cmd.Flags().DurationVar(&o.resync, "resync", 0, "how often to look at everything although nothing has told of a change")
+	_ = cmd.Flags().MarkHidden("resync") // it is there
 	return cmd
-}
-
-func newLogger(w io.Writer, format string) (*slog.Logger, error) {
-	return newLoggerFrom(w, format, slog.LevelInfo)
-}
-
-// newLoggerFrom logs what is of this level at least.
-func newLoggerFrom(w io.Writer, format string, level slog.Level) (*slog.Logger, error) {
-	o := &slog.HandlerOptions{Level: level}
-	switch format {
-	case "text":
-		return slog.New(slog.NewTextHandler(w, o)), nil
-	case "json":
-		return slog.New(slog.NewJSONHandler(w, o)), nil
-	}
-	return nil, fmt.Errorf("--log: %q is neither text nor json", format)
 }
 
 func run(ctx context.Context, o options, listen string, log *slog.Logger) error {

@@ -31,9 +31,10 @@ type initSpec struct {
 // bind shows a directory of the host at another path inside the machine.
 type bind struct{ Source, Target string }
 
-// Init turns the process into the init of a machine if it was started as one,
-// and then never returns. Call it first in main or TestMain.
+// Init turns the process into the init of a machine, or into a container, if it was
+// started as one, and then never returns. Call it first in main or TestMain.
 func Init() {
+	beContainer()
 	if len(os.Args) == 0 || os.Args[0] != initArg0 {
 		return
 	}
