@@ -9,7 +9,7 @@ GOFUMPT  := v0.12.0
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build man tools flannel demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
+.PHONY: help deps build man tools flannel containerd demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,10 +35,14 @@ flannel: ## Build flanneld, whose udp backend is C, and flannel's plugin, as pin
 	cd test/flannel && CGO_ENABLED=1 $(GO) build -trimpath -ldflags '-s -w' -o ../../$(BIN)/flanneld github.com/flannel-io/flannel
 	cd test/flannel/plugin && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../../$(BIN)/ github.com/containernetworking/plugins/plugins/meta/flannel
 
+containerd: ## Build containerd 2, as pinned in test/containerd, and what runs in its pods
+	@mkdir -p $(BIN)/containerd
+	cd test/containerd && CGO_ENABLED=0 $(GO) build -trimpath -tags no_btrfs,no_devmapper,no_rdt,no_tracing,no_zfs,nri_no_wasm -ldflags '-s -w' -o ../../$(BIN)/containerd/ tool ./pause
+
 demo: deps build tools ## Watch pods on three nodes talk encrypted (root; under a minute)
 	$(GO) run ./test/demo
 
-test: deps build tools flannel ## Run every test (root), with the race detector
+test: deps build tools flannel containerd ## Run every test (root), with the race detector
 	@[ "$$(id -u)" = 0 ] || { echo "make test: run it as root: it makes network namespaces" >&2; exit 1; }
 	$(GO) vet ./...
 	scripts/test.sh
@@ -69,7 +73,7 @@ bench-kernel: deps build tools ## Measure throughput with the kernel's WireGuard
 	@scripts/deps.sh kernel
 	scripts/kernel/bench.sh
 
-cover: deps build tools flannel ## Measure test coverage (root)
+cover: deps build tools flannel containerd ## Measure test coverage (root)
 	$(GO) test -coverpkg=./pkg/...,./plugins/... -coverprofile=$(BIN)/cover.out ./...
 	$(GO) tool cover -func=$(BIN)/cover.out | tail -1
 

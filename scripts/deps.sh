@@ -35,6 +35,8 @@ bench)
 	need wg-quick wireguard-tools
 	need ping iputils-ping
 	need iperf3 iperf3
+	need containerd containerd
+	need runc runc
 	need gcc gcc # the race detector
 	need chromium chromium
 	need promtool prometheus

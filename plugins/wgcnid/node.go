@@ -118,7 +118,7 @@ func adoptable(cacheDir string, c config.Config) ([]store.Attachment, error) {
 	var out []store.Attachment
 	var errs []error
 	for _, a := range cached {
-		if kernel.SandboxID(a.NetNS) == 0 {
+		if a.NetNS != "" && kernel.SandboxID(a.NetNS) == 0 {
 			continue // the pod is gone
 		}
 		list, err := libcni.ConfListFromBytes(a.Config)
@@ -132,6 +132,9 @@ func adoptable(cacheDir string, c config.Config) ([]store.Attachment, error) {
 		if err != nil {
 			errs = append(errs, fmt.Errorf("cached result of %s: %w", a.ContainerID, err))
 			continue
+		}
+		if at.SandboxID == 0 {
+			continue // gone as well, or nobody knows where it is
 		}
 		at.Since = cachedSince(cacheDir, a)
 		out = append(out, at)
@@ -164,12 +167,27 @@ func fromCache(cni *libcni.CNIConfig, list *libcni.NetworkConfigList, a *libcni.
 	if err != nil {
 		return store.Attachment{}, err
 	}
+	netns := a.NetNS
+	if netns == "" {
+		netns = resultSandbox(result, a.IfName)
+	}
 	at := store.Attachment{
 		Network: a.Network, ContainerID: a.ContainerID, IfName: a.IfName,
-		Sandbox: a.NetNS, SandboxID: kernel.SandboxID(a.NetNS),
+		Sandbox: netns, SandboxID: kernel.SandboxID(netns),
 	}
 	at.Addresses = store.ResultAddresses(result, a.IfName)
 	return at, nil
+}
+
+// resultSandbox is the network namespace that a CNI result has a pod's interface in.
+// libcni caches the pod's own since 1.2 only; containerd 1 has an older one.
+func resultSandbox(result *current.Result, ifname string) string {
+	for _, i := range result.Interfaces {
+		if i.Name == ifname && i.Sandbox != "" {
+			return i.Sandbox
+		}
+	}
+	return ""
 }
 
 // teardown takes away all of ours that the kernel holds, and what the node kept

@@ -130,6 +130,31 @@ func TestAdoptable(t *testing.T) {
 	}
 }
 
+// libcni before 1.2, which containerd 1 has, does not cache where a pod is; its
+// result says it.
+func TestAdoptableOfOldLibcni(t *testing.T) {
+	r := newRuntime(t)
+	for container, netns := range map[string]string{"alive": ownNetns, "gone": "/var/run/netns/gone"} {
+		r.add("1.0.0", "pods", "bridge", container, netns, "10.244.1.5/24")
+		file := filepath.Join(r.cache, "results", "pods-"+container+"-eth0")
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		old := strings.NewReplacer(fmt.Sprintf(`"netns":%q`, netns), `"none":""`, `"sandbox":"x"`, fmt.Sprintf(`"sandbox":%q`, netns)).Replace(string(text))
+		if strings.Contains(old, `"netns"`) || !strings.Contains(old, `"sandbox":"`+netns) {
+			t.Fatalf("libcni cached in another way than it did: %s", old)
+		}
+		if err := os.WriteFile(file, []byte(old), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := adoptable(r.cache, config.Config{Name: "pods"})
+	if err != nil || len(got) != 1 || got[0].ContainerID != "alive" || got[0].Sandbox != ownNetns || got[0].SandboxID != kernel.SandboxID(ownNetns) {
+		t.Errorf("adopted %+v, %v; want the one that is alive", got, err)
+	}
+}
+
 // One bad entry costs no other pod, and is named.
 func TestAdoptableBesideBadEntries(t *testing.T) {
 	r := newRuntime(t)

@@ -1,7 +1,7 @@
 // Package cluster builds small clusters out of namespaces: machines that have
 // their own processes, mounts, network, host name and /run, nodes that are
-// linked by one underlay network, pods that the real cnitool attaches, and
-// machines that are no nodes.
+// linked by one underlay network, pods that the real cnitool attaches, or a real
+// containerd, and machines that are no nodes.
 // It also makes the traffic and looks at the packets.
 //
 // A program that uses it calls [Init] first, since a machine's init is the

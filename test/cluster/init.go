@@ -26,6 +26,7 @@ type initSpec struct {
 	Scratch string // an empty directory of the host, to mount working space on
 	Binds   []bind // durable directories
 	Remove  string // removed when the harness died; else the harness does it
+	Cgroup  string // likewise: a control group below the harness's own, which may not be there
 }
 
 // bind shows a directory of the host at another path inside the machine.
@@ -52,6 +53,7 @@ func Init() {
 		fmt.Fprintln(os.Stderr, "read from harness:", err)
 	}
 	_ = unix.Kill(-1, unix.SIGKILL) // all of this PID namespace, without PID 1
+	_ = removeCgroup(spec.Cgroup)
 	removeAfterDeath(spec.Remove)
 	os.Exit(0) // and the kernel kills whatever was started since
 }

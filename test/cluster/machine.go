@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -24,7 +25,7 @@ var startTimeout = Patience(30 * time.Second)
 
 // Durable are the directories of a machine that survive [Machine.Reboot]. They
 // are empty when the machine is made.
-var Durable = []string{"/var/lib/wgcni", "/var/lib/cni", "/etc/cni", "/etc/wgcni"}
+var Durable = []string{"/var/lib/wgcni", "/var/lib/cni", "/var/lib/containerd", "/etc/cni", "/etc/wgcni"}
 
 // Machine is a set of namespaces (PID, mount, network, UTS, IPC) that looks
 // like a computer of its own. Its methods may be called from any goroutine.
@@ -38,6 +39,8 @@ type Machine struct {
 	mu    sync.Mutex
 	init  *exec.Cmd      // nil while the machine is stopped
 	stdin io.WriteCloser // its end tells the init that the harness died
+
+	grouped atomic.Bool // it may have control groups of its own
 }
 
 // StartMachine starts a machine that is linked to nothing. Close stops it.
@@ -105,7 +108,7 @@ func (m *Machine) start(ctx context.Context) error {
 
 // spec makes the machine's directories on the host and describes them to the init.
 func (m *Machine) spec() ([]byte, error) {
-	s := initSpec{Name: m.Name, Scratch: filepath.Join(m.dir, "scratch"), Remove: m.remove}
+	s := initSpec{Name: m.Name, Scratch: filepath.Join(m.dir, "scratch"), Remove: m.remove, Cgroup: cgroupName(m.dir)}
 	if err := os.MkdirAll(s.Scratch, 0o755); err != nil {
 		return nil, err
 	}
@@ -156,6 +159,9 @@ func (m *Machine) stop() error {
 		return fmt.Errorf("stop machine %s: wait for its init: %w", m.Name, err)
 	}
 	m.init, m.stdin = nil, nil
+	if m.grouped.Swap(false) {
+		return removeCgroup(cgroupName(m.dir))
+	}
 	return nil
 }
 

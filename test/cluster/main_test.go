@@ -74,6 +74,12 @@ func harness() error {
 		if _, err := n.Run(ctx, "sh", "-c", "setsid sleep 1000000 &"); err != nil {
 			return err
 		}
+		if _, err := n.startGrouped("sleep", "1000000"); err != nil {
+			return err
+		}
+	}
+	if err := Poll(ctx, "the control groups", func() error { return cgroupExists(filepath.Base(c.dir)+"-node-b", true) }); err != nil {
+		return err
 	}
 	if _, err := StartServer(c.Nodes[0], 7000); err != nil {
 		return err
@@ -162,6 +168,11 @@ func TestKilledHarnessLeavesNothing(t *testing.T) {
 		if _, err := os.Stat(dir); !os.IsNotExist(err) {
 			return errors.Join(fmt.Errorf("%s is still there", dir), err)
 		}
+		for _, n := range []string{"-node-a", "-node-b"} {
+			if err := cgroupExists(filepath.Base(dir)+n, false); err != nil {
+				return err
+			}
+		}
 		if after := hostState(t); after != before {
 			return fmt.Errorf("host before:\n%s\nafter:\n%s", before, after)
 		}
@@ -169,6 +180,16 @@ func TestKilledHarnessLeavesNothing(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func cgroupExists(name string, want bool) error {
+	return withCgroups(func(root string) error {
+		_, err := os.Stat(filepath.Join(root, name, "runtime"))
+		if (err == nil) != want {
+			return fmt.Errorf("control group %s: %v", name, err)
+		}
+		return nil
+	})
 }
 
 // hostState is what a harness might alter on the host.
