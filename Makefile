@@ -22,7 +22,7 @@ build: ## Build the plugin and the helper into .bin
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./plugins/...
 
 man: ## Write the man pages of wgcnid into .bin/man
-	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(GO) run -tags man -ldflags '$(LDFLAGS)' ./plugins/wgcnid man $(BIN)/man
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} CGO_ENABLED=0 $(GO) run -trimpath -tags man -ldflags '$(LDFLAGS)' ./plugins/wgcnid man $(BIN)/man
 
 tools: ## Build cnitool, the reference plugins, wireguard-go and etcd, as pinned in go.mod
 	@mkdir -p $(BIN)

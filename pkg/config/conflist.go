@@ -137,7 +137,7 @@ func find(dir string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("%w in %s: add it to the list that the runtime uses; on a machine with no CNI give the file with --config", ErrNotChained, dir)
+	return "", fmt.Errorf("%w in %s: `wgcnid install --entry FILE` adds it; on a machine with no CNI give the file with --config", ErrNotChained, dir)
 }
 
 // FindPodCIDRs looks up the ranges of this node for a network whose stanza does

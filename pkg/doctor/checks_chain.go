@@ -42,7 +42,7 @@ func checkConflist(c Chains) Check {
 	taken := func(f ChainFile) string { return filepath.Join(c.Dir, f.Name) }
 	switch {
 	case c.DirError != nil:
-		return t.fail(c.DirError.Error(), "give the runtime's folder with --cni-dir")
+		return t.fail(c.DirError.Error(), "install the cluster's network plugin first; if the runtime has another folder, name it with --cni-dir")
 	case len(c.Files) == 0:
 		return t.fail("there is none", "install the cluster's network plugin first, then run `wgcnid install`")
 	case c.Files[0].Error != nil:
@@ -122,10 +122,12 @@ func checkInstalled(c Chains) Check {
 	source, target := file(r.Source), file(r.Target)
 	mend := "wgcnid renews it within a second while it runs: start it; or run `wgcnid install` again"
 	switch {
+	case r.Stage != "installed":
+		return t.warn("it was stopped half way ("+r.Stage+")", "run `wgcnid install` or `wgcnid uninstall` again, whichever it was: it goes on from there")
 	case target == nil:
 		return t.fail("it is gone: pods start without wgcni", mend)
 	case r.Mode != "copy":
-		return t.ok("the entry stands in the primary's own file")
+		return t.ok("the entry stands in the primary's own file (" + r.Mode + ")")
 	case source == nil:
 		return t.warn(r.Source+", which it was made from, is gone; pods still start, by the copy", "if the cluster has another network now, run `wgcnid install --entry FILE` for that; else `wgcnid uninstall`")
 	case target.Error == nil && source.Error == nil && !sameBut(target.raw, target.Plugins, source.raw, source.Plugins):

@@ -99,10 +99,13 @@ func checkPort(f Facts) Check {
 			return t.fail(fmt.Sprintf("%s, and %s is not there", f.holders(), f.Config.Interface), f.portMend())
 		}
 		return t.ok("nobody: " + f.Config.Interface + " is not there")
-	case l.ListenPort == port:
+	case l.ListenPort == port && l.Up:
 		return t.ok(f.Config.Interface + " does")
 	case len(f.Tunnel.Holders) > 0:
 		return t.fail(fmt.Sprintf("%s; WireGuard cannot have it, so that no peer reaches this node", f.holders()), f.portMend())
+	}
+	if l.ListenPort == port {
+		return t.fail(f.Config.Interface+" would, and is down", "see \"WireGuard\"")
 	}
 	return t.fail(fmt.Sprintf("%s listens on %d instead", f.Config.Interface, l.ListenPort), "wgcnid sets it within seconds; if it stays, its log says why")
 }

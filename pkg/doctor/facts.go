@@ -61,9 +61,13 @@ type ChainFile struct {
 
 // Installed is as much of `wgcnid install`'s record as matters here.
 type Installed struct {
-	Mode   string `json:"mode"`
+	Stage  string `json:"stage"` // "installed", but where it was stopped half way
+	Mode   string `json:"mode"`  // "copy", "in-place" or "by-hand"
 	Source string `json:"source"`
 	Target string `json:"target"`
+	Plugin struct {
+		Path string `json:"path"`
+	} `json:"plugin"`
 }
 
 // Containerd is its configuration, as far as it is readable.

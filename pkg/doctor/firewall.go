@@ -195,11 +195,15 @@ func (w *walk) chain(c Chain, reach Tri, depth int) Tri {
 		}
 		switch v.Kind {
 		case Drop:
+			// Whatever is dropped here for certain is so too if an earlier rule may have
+			// done it already: that one takes nothing from what is reached for sure.
 			w.drop(sure, c, r.Text)
-			fallthrough
+			if matches == Yes {
+				return No
+			}
 		case Accept:
 			if matches == Yes {
-				return tri(false)
+				return No
 			}
 			reach, back = Maybe, Maybe
 		case Return:

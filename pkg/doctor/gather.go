@@ -30,12 +30,13 @@ type Sources struct {
 	Trust    registry.Trust
 	// TrustError says why the cluster's secrets cannot be read.
 	TrustError error
-	Report     *reconcile.Report // the helper's last word; nil if there is none
-	CNIDir     string
-	BinDir     string // optional: of the CNI plugins; found by default
-	Version    string
-	Peers      []string // optional: only these; all by default
-	Quick      bool     // send nothing
+	// Report returns the helper's last word, nil if there is none. Required.
+	Report  func() *reconcile.Report
+	CNIDir  string
+	BinDir  string // optional: of the CNI plugins; found by default
+	Version string
+	Peers   []string // optional: only these; all by default
+	Quick   bool     // send nothing
 }
 
 // How long some things may take.
@@ -50,11 +51,12 @@ const (
 func Gather(ctx context.Context, s Sources) Facts {
 	f := Facts{
 		Now: time.Now(), Version: s.Version, Quick: s.Quick, Config: s.Config, Chain: GatherChains(ctx, s.CNIDir, s.BinDir, s.Config),
-		Helper: Helper{Running: reconcile.HelperAlive(s.Config.RunDir), Report: s.Report},
+		Helper: Helper{Running: reconcile.HelperAlive(s.Config.RunDir)},
 	}
 	f.Files = gatherFiles(s)
 	f.Mesh = gatherMesh(ctx, s, f.Now)
 	f.Plan = gatherPlan(ctx, s, f)
+	f.Helper.Report = s.Report() // now: one that has only just started had the time to say something
 	f.Mesh.Conflicts = f.Plan.conflicts
 	f.Tunnel = gatherTunnel(s.Config, f.Plan)
 	f.Network = gatherNetwork(s, f)

@@ -36,13 +36,17 @@ func GatherChains(ctx context.Context, dir, binDir string, c config.Config) Chai
 			out.Files = append(out.Files, readChainFile(dir, e.Name()))
 		}
 	}
-	out.BinDir = cmp.Or(binDir, out.Containerd.BinDir, defaultBinDir)
+	installed := ""
 	if text, err := os.ReadFile(filepath.Join(cmp.Or(c.StateDir, config.DefaultStateDir), "install.json")); err == nil {
 		var record Installed
 		if json.Unmarshal(text, &record) == nil {
 			out.Install = &record
 		}
+		if record.Plugin.Path != "" {
+			installed = filepath.Dir(record.Plugin.Path)
+		}
 	}
+	out.BinDir = cmp.Or(binDir, installed, out.Containerd.BinDir, defaultBinDir)
 	if ours := out.ours(); ours != nil {
 		for _, plugin := range ours.Plugins {
 			if info, err := os.Stat(filepath.Join(out.BinDir, plugin)); err != nil || !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {

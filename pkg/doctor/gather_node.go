@@ -27,7 +27,7 @@ func gatherTunnel(c config.Config, p Plan) Tunnel {
 	if t.Kind == "tuntap" {
 		t.PID = findProcess([]string{"tunnel", c.Interface})
 	}
-	if p.Observed.Link.ListenPort != c.ListenPort {
+	if l := p.Observed.Link; l.ListenPort != c.ListenPort || !l.Up { // the kernel opens it when the interface goes up
 		t.Holders = holders(c.ListenPort, t.PID)
 	}
 	return t
@@ -74,9 +74,11 @@ func holders(port, but int) (out []Holder) {
 	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 	seen := map[int]bool{}
 	for _, l := range links {
-		if to, err := os.Readlink(l); err != nil || !inodes[to] {
+		to, err := os.Readlink(l)
+		if _, is := inodes[to]; err != nil || !is {
 			continue
 		}
+		inodes[to] = false // it has a process
 		folder := filepath.Dir(filepath.Dir(l))
 		pid, _ := strconv.Atoi(filepath.Base(folder))
 		if pid == but || seen[pid] {
@@ -86,8 +88,10 @@ func holders(port, but int) (out []Holder) {
 		name, _ := os.ReadFile(filepath.Join(folder, "comm"))
 		out = append(out, Holder{pid, strings.TrimSpace(string(name))})
 	}
-	if len(out) == 0 && but == 0 {
-		out = append(out, Holder{})
+	for _, unclaimed := range inodes {
+		if unclaimed {
+			return append(out, Holder{})
+		}
 	}
 	return out
 }

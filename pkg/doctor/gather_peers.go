@@ -89,25 +89,37 @@ func planned(s Sources, f Facts) (out []Peer) {
 		record, _ := f.Mesh.Known.Records.Record(want.Name)
 		p := Peer{Name: want.Name, Key: want.PublicKey, Wanted: want, Record: record}
 		p.Before, p.Present = have[want.PublicKey]
-		p.Address = tunnelAddress(p.Record, want)
+		p.Address = TunnelAddress(p.Record, want, f.Plan.State.Routes)
 		out = append(out, p)
 	}
 	slices.SortFunc(out, func(a, b Peer) int { return cmp.Compare(a.Name, b.Name) })
 	return out
 }
 
-// tunnelAddress is one that the peer has and that we may send to by the tunnel.
-func tunnelAddress(r registry.Record, want mesh.Peer) netip.Addr {
+// TunnelAddress is one that the peer itself has, and that these routes lead to by
+// the tunnel; invalid if there is none.
+func TunnelAddress(r registry.Record, p mesh.Peer, routes []mesh.Route) netip.Addr {
 	candidates := mesh.Node{Prefixes: r.Prefixes}.TunnelAddresses()
 	for _, h := range r.Hosts {
 		candidates = append(candidates, h.Prefix.Addr())
 	}
 	for _, a := range candidates {
-		if slices.ContainsFunc(want.AllowedIPs, func(p netip.Prefix) bool { return p.Contains(a) }) {
+		if slices.ContainsFunc(p.AllowedIPs, func(p netip.Prefix) bool { return p.Contains(a) }) && viaLink(routes, a) {
 			return a
 		}
 	}
 	return netip.Addr{}
+}
+
+// viaLink reports whether the longest prefix leads into the tunnel.
+func viaLink(routes []mesh.Route, a netip.Addr) bool {
+	best, via := -1, false
+	for _, r := range routes {
+		if r.Prefix.Contains(a) && r.Prefix.Bits() > best && r.Metric == 0 {
+			best, via = r.Prefix.Bits(), r.Type == mesh.ViaLink
+		}
+	}
+	return via
 }
 
 // routeTo is the interface by which the kernel would send to an address.

@@ -140,11 +140,10 @@ func parseRule(words []string, line string) Rule {
 		}
 		if test != nil {
 			conditions = append(conditions, func(p Packet) Tri {
-				if t := test(p); invert {
-					return t.Not()
-				} else {
-					return t
+				if invert {
+					return test(p).Not()
 				}
+				return test(p)
 			})
 		}
 	}
@@ -200,13 +199,13 @@ func legacyTest(option string, next func() string) func(Packet) Tri {
 	case "-d":
 		return inPrefix(next(), func(p Packet) netip.Addr { return p.Dst })
 	case "--dport":
-		return inPorts(next(), ":", func(p Packet) uint16 { return p.DstPort })
+		return inPorts(next(), func(p Packet) uint16 { return p.DstPort })
 	case "--sport":
-		return inPorts(next(), ":", func(p Packet) uint16 { return p.SrcPort })
+		return inPorts(next(), func(p Packet) uint16 { return p.SrcPort })
 	case "--dports":
-		return inPorts(next(), ":", func(p Packet) uint16 { return p.DstPort })
+		return inPorts(next(), func(p Packet) uint16 { return p.DstPort })
 	case "--sports":
-		return inPorts(next(), ":", func(p Packet) uint16 { return p.SrcPort })
+		return inPorts(next(), func(p Packet) uint16 { return p.SrcPort })
 	case "--ctstate", "--state":
 		return inStates(next())
 	}
@@ -239,14 +238,14 @@ func inPrefix(text string, of func(Packet) netip.Addr) func(Packet) Tri {
 	}
 }
 
-func inPorts(text, to string, of func(Packet) uint16) func(Packet) Tri {
+func inPorts(text string, of func(Packet) uint16) func(Packet) Tri {
 	return func(p Packet) Tri {
 		port := of(p)
 		if port == 0 {
 			return Maybe
 		}
 		for r := range strings.SplitSeq(text, ",") {
-			first, last, isRange := strings.Cut(r, to)
+			first, last, isRange := strings.Cut(r, ":")
 			if !isRange {
 				last = first
 			}

@@ -113,7 +113,7 @@ func (s nftSets) read(name string) {
 	}
 	s.known[name] = nil
 	set, err := s.conn.GetSetByName(s.table, name)
-	if err != nil || set.Concatenation && set.Interval || set.KeyType.Bytes == 0 {
+	if err != nil || set.Concatenation && set.Interval {
 		return
 	}
 	set.Table = s.table
@@ -121,5 +121,5 @@ func (s nftSets) read(name string) {
 	if err != nil || len(elements) > manyElements {
 		return
 	}
-	s.known[name] = newNftSet(set.Interval, int(set.KeyType.Bytes), elements)
+	s.known[name] = newNftSet(set.Interval, elements)
 }

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"encoding/binary"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -290,8 +292,13 @@ func (m *machine) within(e *expr.Range) Tri {
 	return in
 }
 
-func newNftSet(interval bool, keyLen int, elements []nftables.SetElement) *nftSet {
-	s := &nftSet{interval: interval, keyLen: keyLen, elements: slices.Clone(elements)}
+// newNftSet takes the keys' length from the elements: of a map of verdicts the library
+// tells another one.
+func newNftSet(interval bool, elements []nftables.SetElement) *nftSet {
+	s := &nftSet{interval: interval, elements: slices.Clone(elements)}
+	if len(elements) > 0 {
+		s.keyLen = len(elements[0].Key)
+	}
 	slices.SortStableFunc(s.elements, func(a, b nftables.SetElement) int {
 		if c := bytes.Compare(a.Key, b.Key); c != 0 {
 			return c
@@ -336,12 +343,31 @@ func (m *machine) lookup(e *expr.Lookup) (Tri, Verdict) {
 	}
 	element, found := set.find(key)
 	switch {
-	case isVerdict && found && element.VerdictData != nil:
-		return Yes, nftVerdict(element.VerdictData)
+	case isVerdict && found:
+		return Yes, mapVerdict(element.Val)
 	case e.Invert:
 		return tri(!found), Verdict{}
 	}
 	return tri(found), Verdict{}
+}
+
+// mapVerdict reads a verdict as the library hands it on, which is as the kernel has
+// it: NFTA_VERDICT_CODE and NFTA_VERDICT_CHAIN of linux/netfilter/nf_tables.h.
+func mapVerdict(b []byte) Verdict {
+	attrs, err := nl.ParseRouteAttr(b)
+	if err != nil {
+		return Verdict{}
+	}
+	var v expr.Verdict
+	for _, a := range attrs {
+		switch {
+		case a.Attr.Type == unix.NFTA_VERDICT_CODE && len(a.Value) == 4:
+			v.Kind = expr.VerdictKind(int32(binary.BigEndian.Uint32(a.Value)))
+		case a.Attr.Type == unix.NFTA_VERDICT_CHAIN:
+			v.Chain = strings.TrimRight(string(a.Value), "\x00")
+		}
+	}
+	return nftVerdict(&v)
 }
 
 // unknownLookup may be a drop where the map has verdicts.

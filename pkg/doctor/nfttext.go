@@ -95,6 +95,8 @@ func metaName(k expr.MetaKey) string {
 		return "oifname"
 	case expr.MetaKeyMARK:
 		return "mark"
+	case expr.MetaKeySKUID:
+		return "meta skuid"
 	}
 	return "meta …"
 }
@@ -114,18 +116,22 @@ func (t *texter) payload(e *expr.Payload) string {
 			proto = "th"
 		}
 		return proto + map[uint32]string{0: " sport", 2: " dport"}[e.Offset]
-	case e.Base == expr.PayloadBaseNetworkHeader && e.Len == 4 && e.Offset == 12:
-		return "ip saddr"
-	case e.Base == expr.PayloadBaseNetworkHeader && e.Len == 4 && e.Offset == 16:
-		return "ip daddr"
-	case e.Base == expr.PayloadBaseNetworkHeader && e.Len == 16 && e.Offset == 8:
-		return "ip6 saddr"
-	case e.Base == expr.PayloadBaseNetworkHeader && e.Len == 16 && e.Offset == 24:
-		return "ip6 daddr"
+	case e.Base == expr.PayloadBaseNetworkHeader && (e.Offset == 12 || e.Offset == 16) && e.Len <= 4:
+		return map[uint32]string{12: "ip saddr", 16: "ip daddr"}[e.Offset] + shortened(e.Len, 4)
+	case e.Base == expr.PayloadBaseNetworkHeader && (e.Offset == 8 || e.Offset == 24) && e.Len <= 16:
+		return map[uint32]string{8: "ip6 saddr", 24: "ip6 daddr"}[e.Offset] + shortened(e.Len, 16)
 	case e.Base == expr.PayloadBaseNetworkHeader && e.Len == 1 && (e.Offset == 9 || e.Offset == 6):
 		return "meta l4proto"
 	}
 	return "…"
+}
+
+// shortened is the prefix length, where only the first bytes of an address are looked at.
+func shortened(have, whole uint32) string {
+	if have == whole {
+		return ""
+	}
+	return fmt.Sprintf("/%d", have*8)
 }
 
 func (t *texter) bitwise(e *expr.Bitwise) {
@@ -190,6 +196,12 @@ func (t *texter) compare(e *expr.Cmp) {
 	if isPrefix {
 		what, value = addr, value+"/"+bits
 	}
+	if e.Op == expr.CmpOpLte && len(t.words) > 0 { // a range, which nft writes so where it is alone
+		if from, ok := strings.CutPrefix(t.words[len(t.words)-1], what+" >= "); ok {
+			t.words[len(t.words)-1] = fmt.Sprintf("%s %s-%s", what, from, value)
+			return
+		}
+	}
 	op := map[expr.CmpOp]string{expr.CmpOpNeq: "!= ", expr.CmpOpLt: "< ", expr.CmpOpLte: "<= ", expr.CmpOpGt: "> ", expr.CmpOpGte: ">= "}[e.Op]
 	t.word("%s %s%s", what, op, value)
 }
@@ -211,7 +223,9 @@ func (t *texter) value(register uint32, data []byte) string {
 	case strings.HasSuffix(what, "port") && len(data) == 2:
 		return fmt.Sprint(binary.BigEndian.Uint16(data))
 	case strings.HasPrefix(what, "ip"):
-		if a, ok := netip.AddrFromSlice(data); ok {
+		whole := make([]byte, map[bool]int{true: 16, false: 4}[strings.HasPrefix(what, "ip6")])
+		copy(whole, data)
+		if a, ok := netip.AddrFromSlice(whole); ok {
 			return a.String()
 		}
 	case strings.HasPrefix(what, "mark") && len(data) == 4:

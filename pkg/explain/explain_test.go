@@ -160,6 +160,7 @@ const (
 	toB     = "to | 10.244.2.7 | in 10.244.2.0/24 of b\n"
 	ourRule = "rule | 110 | 110: not from all fwmark 0x4/0x4 lookup 30567"
 	keyOfB  = "AgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	keyOfC  = "AwAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 )
 
 func TestExplain(t *testing.T) {
@@ -172,27 +173,40 @@ func TestExplain(t *testing.T) {
 		{name: "pod to a pod of another node", src: "default/web-0", dst: "10.244.2.7", want: "encrypted: it leaves through the tunnel to b, by 192.0.2.2:51820\n" +
 			fromWeb + toB + ourRule + "\n" +
 			"route | wgcni0 | 10.244.2.0/24 dev wgcni0 table 30567\n" +
-			"filter | inet wgcni | forward: oifname \"wgcni0\" return: passes\n" +
-			"source | inet wgcni | stays 10.244.1.2 (keep-source: saddr @local4 snat to ip saddr)\n" +
-			"peer | " + keyOfB + " | b, allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
+			"filter | inet wgcni | chain forward: oifname \"wgcni0\" return: passes\n" +
+			"source | inet wgcni | stays 10.244.1.2 (chain keep-source: saddr @local4 snat to ip saddr)\n" +
+			"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
 			"endpoint | 192.0.2.2:51820 | where b is called\n" +
 			"outer | eth0 | default via 192.0.2.254 dev eth0 src 192.0.2.1 table main\n"},
 		{name: "the way in", src: "10.244.2.7", dst: "default/web-0", want: "encrypted: it comes through the tunnel\n" +
 			"from | 10.244.2.7 | in 10.244.2.0/24 of b\nto | 10.244.1.2 | pod default/web-0 of this node, a, at cni0\n" +
 			"cryptokey | wgcni0 | taken from b only, whose allowed IPs have 10.244.2.0/24\n" +
-			"peer | " + keyOfB + " | b, allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
-			"in the clear | eth0 | the same packet by eth0 would be dropped (forward, plain-in: iifname != \"wgcni0\" saddr @guarded4 daddr @cluster4, counter dropped-in: dropped)\n" +
+			"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
+			"in the clear | eth0 | the same packet by eth0 would be dropped (chain forward, plain-in: iifname != \"wgcni0\" saddr @guarded4 daddr @cluster4, counter dropped-in: dropped)\n" +
 			ourRule + ": throw 10.244.1.0/24 table 30567, so the next rule is asked\n" +
 			"rule | 32766 | 32766: from all lookup main\n" +
 			"route | cni0 | 10.244.1.0/24 dev cni0 table main\n" +
-			"filter | inet wgcni | forward: iifname \"wgcni0\" daddr @local4 return: passes\n" +
+			"filter | inet wgcni | chain forward: iifname \"wgcni0\" daddr @local4 return: passes\n" +
 			"delivery | cni0 | to the pod, by cni0\n"},
+		{name: "past this machine, as a gateway carries it", src: "10.244.2.7", dst: "10.244.3.7", want: "encrypted: it leaves through the tunnel to c, by 192.0.2.3:51820; there has been no handshake yet, and it waits for one\n" +
+			"from | 10.244.2.7 | in 10.244.2.0/24 of b\nto | 10.244.3.7 | in 10.244.3.0/24 of c\n" +
+			"cryptokey | wgcni0 | taken from b only, whose allowed IPs have 10.244.2.0/24\n" +
+			"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
+			"delivery |  | neither end is on this machine: this is what would become of such a packet here\n" +
+			"in the clear | eth0 | the same packet by eth0 would be taken (chain forward: oifname \"wgcni0\" return: passes)\n" +
+			ourRule + "\n" +
+			"route | wgcni0 | 10.244.3.0/24 dev wgcni0 table 30567\n" +
+			"filter | inet wgcni | chain forward: oifname \"wgcni0\" return: passes\n" +
+			"source | inet wgcni | stays 10.244.2.7 (no rule of ours changes it)\n" +
+			"peer | " + keyOfC + " | c, key " + keyOfC + ", allowed IPs 10.244.3.0/24; no preshared key; no handshake yet\n" +
+			"endpoint | 192.0.2.3:51820 | where c is called\n" +
+			"outer | eth0 | default via 192.0.2.254 dev eth0 src 192.0.2.1 table main\n"},
 		{name: "nobody has announced it", src: "default/web-0", dst: "10.244.99.1", want: "dropped: nobody has announced 10.244.99.1, and encryption is required\n" +
 			fromWeb + "to | 10.244.99.1 | in the ranges of the mesh; nobody has announced it\n" + ourRule + "\n" +
-			"route | wgcni0 | unreachable 10.244.0.0/16 metric 1048576 table 30567: the kernel says no route to host\n"},
+			"route |  | unreachable 10.244.0.0/16 metric 1048576 table 30567: the kernel says no route to host\n"},
 		{name: "the tunnel is gone", src: "default/web-0", dst: "10.244.2.7", kernel: func(m *machine) { m.KillTunnel() }, want: "dropped: interface wgcni0 is missing; encryption is required\nfault\n" +
 			fromWeb + toB + ourRule + "\n" +
-			"route | wgcni0 | unreachable 10.244.0.0/16 metric 1048576 table 30567: the kernel says no route to host\n"},
+			"route |  | unreachable 10.244.0.0/16 metric 1048576 table 30567: the kernel says no route to host\n"},
 		{
 			name: "the tunnel is gone, preferred", src: "default/web-0", dst: "10.244.2.7",
 			change: func(f *mesh.Facts) { f.Encryption = mesh.Preferred }, kernel: func(m *machine) { m.KillTunnel() },
@@ -200,28 +214,28 @@ func TestExplain(t *testing.T) {
 				fromWeb + toB + ourRule + ": no route for it there, so the next rule is asked\n" +
 				"rule | 32766 | 32766: from all lookup main\n" +
 				"route | eth0 | default via 192.0.2.254 dev eth0 table main\n" +
-				"filter | inet wgcni | forward, plain-out: oifname != \"wgcni0\" saddr @cluster4 daddr @guarded4, counter dropped-out: dropped\n",
+				"filter | inet wgcni | chain forward, plain-out: oifname != \"wgcni0\" saddr @cluster4 daddr @guarded4, counter dropped-out: dropped\n",
 		},
 		{name: "the internet", src: "default/web-0", dst: "198.51.100.7", want: "plaintext: it leaves by eth0 as it is: 198.51.100.7 is not in the ranges that the mesh is for\n" +
 			fromWeb + "to | 198.51.100.7 | outside of the ranges of the mesh\n" + ourRule + ": no route for it there, so the next rule is asked\n" +
 			"rule | 32766 | 32766: from all lookup main\n" +
 			"route | eth0 | default via 192.0.2.254 dev eth0 table main\n" +
-			"filter | inet wgcni | forward: no rule holds it: passes\n" +
+			"filter | inet wgcni | chain forward: no rule holds it: passes\n" +
 			"delivery | eth0 | leaves by eth0, by the gateway 192.0.2.254; what other programs do to it is not looked at\n"},
 		{
 			name: "a peer without an endpoint", src: "a", dst: "10.244.2.7", change: func(f *mesh.Facts) { f.Nodes[0].CallsOnly, f.Nodes[0].Endpoint = true, netip.AddrPort{} },
 			want: "dropped: b has no endpoint: it has to call first, and has not yet\nfault\n" +
-				"from | the address that the route gives | this machine, a, at eth0\n" + toB + ourRule + "\n" +
+				"from | 10.244.1.0 | this machine, a, with the address that the route gives\n" + toB + ourRule + "\n" +
 				"route | wgcni0 | 10.244.2.0/24 dev wgcni0 src 10.244.1.0 table 30567\n" +
-				"filter | inet wgcni | output: leaves by wgcni0: passes\n" +
-				"source | inet wgcni | stays 10.244.1.0 (keep-source: saddr @local4 snat to ip saddr)\n" +
-				"peer | " + keyOfB + " | b, allowed IPs 10.244.2.0/24; no preshared key; no handshake yet\n",
+				"filter | inet wgcni | chain output: leaves by wgcni0: passes\n" +
+				"source | inet wgcni | stays 10.244.1.0 (chain keep-source: saddr @local4 snat to ip saddr)\n" +
+				"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; no handshake yet\n",
 		},
 		{
 			name: "no segment in common", src: "default/web-0", dst: "10.244.2.7", change: func(f *mesh.Facts) { f.Nodes[0].Segments = []string{"blue"} },
 			want: "dropped: b has announced it, and shares no segment with this machine\n" +
 				fromWeb + toB + ourRule + "\n" +
-				"route | wgcni0 | unreachable 10.244.0.0/16 metric 1048576 table 30567: the kernel says no route to host\n",
+				"route |  | unreachable 10.244.0.0/16 metric 1048576 table 30567: the kernel says no route to host\n",
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

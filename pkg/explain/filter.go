@@ -25,9 +25,9 @@ type finding struct {
 
 func (f finding) String() string {
 	if f.drop {
-		return fmt.Sprintf("%s: %s: dropped", f.chain, f.rule)
+		return fmt.Sprintf("chain %s: %s: dropped", f.chain, f.rule)
 	}
-	return fmt.Sprintf("%s: %s: passes", f.chain, f.rule)
+	return fmt.Sprintf("chain %s: %s: passes", f.chain, f.rule)
 }
 
 const tableName = "inet " + kernel.TableName
@@ -126,17 +126,17 @@ func (f filter) source(a netip.Addr) (rule string, kept bool) {
 	}
 	switch {
 	case inSet(f.Local, a).IsValid():
-		return "keep-source: saddr @local" + v + " snat to ip saddr", true
+		return "chain keep-source: saddr @local" + v + " snat to ip saddr", true
 	case slices.Contains(f.Pods, a):
-		return "keep-source: saddr @pods" + v + " snat to ip saddr", true
+		return "chain keep-source: saddr @pods" + v + " snat to ip saddr", true
 	case slices.Contains(f.Nodes.Own, a):
-		return "keep-source: saddr @own" + v + " snat to ip saddr", true
+		return "chain keep-source: saddr @own" + v + " snat to ip saddr", true
 	case !inSet(f.Cluster, a).IsValid():
-		return "own-source: saddr != @cluster" + v + " masquerade", false
+		return "chain own-source: saddr != @cluster" + v + " masquerade", false
 	case slices.Contains(f.Exempt, a):
-		return "own-source: saddr @exempt" + v + " masquerade", false
+		return "chain own-source: saddr @exempt" + v + " masquerade", false
 	case inSet(f.Masqueraded, a).IsValid():
-		return "own-source: saddr @masqueraded" + v + " masquerade", false
+		return "chain own-source: saddr @masqueraded" + v + " masquerade", false
 	}
 	return "no rule of ours changes it", true
 }

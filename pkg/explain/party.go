@@ -75,7 +75,7 @@ func (d Directory) Find(source, destination string) (src, dst Party, err error) 
 		}
 		src, dst = from[i], to[j]
 		if src.Kind == Self && src.Name != src.Address.String() {
-			src.Address = netip.Addr{}
+			src.Address, src.Interface = netip.Addr{}, ""
 		}
 		return src, dst, nil
 	}

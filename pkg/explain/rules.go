@@ -39,7 +39,7 @@ func (w *walker) rules() {
 // matches evaluates the selectors that are known. A rule with others is taken to
 // match: the table of the route decides then.
 func (w *walker) matches(r kernel.PolicyRule) bool {
-	src, dst := w.Facts.Source.Address, w.Destination.Address
+	src, dst := w.Source.Address, w.Destination.Address
 	ok := !r.Source.IsValid() || r.Source.Bits() == 0 || src.IsValid() && r.Source.Contains(src)
 	ok = ok && (!r.Destination.IsValid() || r.Destination.Contains(dst))
 	in := w.Way.In

@@ -9,9 +9,11 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -73,8 +75,43 @@ func full(n int) (texts []string) {
 	return texts
 }
 
+var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+// tunnel is one whose last handshake was that long ago; never if that is negative.
+func tunnel(age time.Duration, received, sent int64) graph.Tunnel {
+	at := now.Add(-age)
+	if age < 0 {
+		at = time.Time{}
+	}
+	return graph.NewTunnel(at, received, sent, now)
+}
+
+// liveClouds has a tunnel in each state; the one to gcp-gw is missing.
+func liveClouds() graph.Graph {
+	g := clouds()
+	g.Self = "aws-gw1"
+	return g.WithTunnels(map[string]graph.Tunnel{
+		"aws-gw2": tunnel(31*time.Second, 1<<20, 3<<30), "aws-1": tunnel(2*time.Minute, 512, 92), "hub": tunnel(3*time.Hour, 77<<20, 8<<20),
+		"lone": tunnel(-1, 0, 148),
+	})
+}
+
+// liveNine are the tunnels of a node that are all part of one mesh.
+func liveNine(n int) graph.Graph {
+	tunnels := map[string]graph.Tunnel{}
+	for i := range n {
+		tunnels[fmt.Sprintf("node-%02d", i)] = tunnel(time.Duration(i)*40*time.Second, 1<<(4*i), 1<<(3*i))
+	}
+	delete(tunnels, "node-03")
+	tunnels["node-07"], tunnels["node-06"] = tunnel(-1, 0, 444), tunnel(-1, 0, 0)
+	return draw("node-03", append(full(n), "spoke spoke")...).WithTunnels(tunnels)
+}
+
 func TestGolden(t *testing.T) {
-	for name, g := range map[string]graph.Graph{"clouds": clouds(), "nine": draw("node-03", append(full(9), "spoke spoke")...)} {
+	for name, g := range map[string]graph.Graph{
+		"clouds": clouds(), "nine": draw("node-03", append(full(9), "spoke spoke")...),
+		"clouds-live": liveClouds(), "nine-live": liveNine(9),
+	} {
 		text, err := json.MarshalIndent(g, "", "  ")
 		if err != nil {
 			t.Fatal(err)
@@ -205,7 +242,11 @@ func TestPicturesAreTidy(t *testing.T) {
 	for i := range uint64(100) {
 		rng := rand.New(rand.NewPCG(seed, i))
 		texts := someMachines(rng, 1+int(i)*60/100)
-		g := draw("m-0", texts...)
+		plain := draw("m-0", texts...)
+		g := plain
+		if rng.IntN(2) == 0 {
+			g = g.WithTunnels(someTunnels(rng, texts))
+		}
 		boxes, said := parse(t, g.SVG())
 		var cards, chips []box
 		for _, b := range boxes {
@@ -242,7 +283,7 @@ func TestPicturesAreTidy(t *testing.T) {
 				t.Errorf("%s is not named", name)
 			}
 		}
-		if again := draw("m-0", shuffled(rng, texts)...); again.SVG() != g.SVG() || again.DOT() != g.DOT() || again.Mermaid() != g.Mermaid() {
+		if again := draw("m-0", shuffled(rng, texts)...); again.SVG() != plain.SVG() || again.DOT() != plain.DOT() || again.Mermaid() != plain.Mermaid() {
 			t.Error("the same machines in another order give another picture")
 		}
 		if t.Failed() {
@@ -281,6 +322,73 @@ func someMachines(rng *rand.Rand, n int) (texts []string) {
 		texts = append(texts, text)
 	}
 	return texts
+}
+
+func someTunnels(rng *rand.Rand, texts []string) map[string]graph.Tunnel {
+	out := map[string]graph.Tunnel{}
+	for _, text := range texts {
+		if rng.IntN(3) > 0 {
+			out[machine(text).Name] = tunnel(time.Duration(rng.IntN(400)-50)*time.Second, rng.Int64N(1<<40), rng.Int64N(1<<20))
+		}
+	}
+	delete(out, "m-0")
+	return out
+}
+
+// The tunnels stand at both their edge and their machine, and nowhere else.
+func TestTunnels(t *testing.T) {
+	plain, g := clouds(), liveClouds()
+	if slices.ContainsFunc(plain.Edges, func(e graph.Edge) bool { return e.Tunnel != nil }) {
+		t.Error("WithTunnels changes the graph that it is made from")
+	}
+	states := map[string]string{}
+	for _, l := range g.Locations {
+		for _, m := range l.Machines {
+			if m.Tunnel != nil {
+				states[m.Name] = m.Tunnel.State
+			}
+		}
+	}
+	want := map[string]string{
+		"aws-gw2": graph.TunnelFresh, "aws-1": graph.TunnelFresh, "hub": graph.TunnelIdle, "lone": graph.TunnelNever, "gcp-gw": graph.TunnelMissing,
+	}
+	if diff := cmp.Diff(want, states); diff != "" {
+		t.Error(diff)
+	}
+	for _, e := range g.Edges {
+		far := map[string]string{e.From: e.To, e.To: e.From}["aws-gw1"]
+		if (far != "") != (e.Tunnel != nil) || e.Tunnel != nil && e.Tunnel.State != states[far] {
+			t.Errorf("%s - %s: %+v", e.From, e.To, e.Tunnel)
+		}
+	}
+	svg := g.SVG()
+	for _, w := range []string{`class="own fresh"`, `class="own idle"`, `class="own never"`, `class="own missing"`, "↓ 1.0 MiB ↑ 3.0 GiB", "2 of its 5 tunnels connected", "no such peer"} {
+		if !strings.Contains(svg, w) {
+			t.Errorf("no %s in the picture", w)
+		}
+	}
+	parse(t, svg)
+}
+
+// What is part of a page leaves the rest of the page alone.
+func TestStyleIsTheOwn(t *testing.T) {
+	svg := clouds().SVG()
+	from, to := strings.Index(svg, "<style>"), strings.Index(svg, "</style>")
+	for line := range strings.Lines(svg[from+len("<style>") : to]) {
+		line = strings.TrimSpace(line)
+		selectors, _, rule := strings.Cut(line, "{")
+		if !rule || strings.HasPrefix(line, "@media") {
+			continue
+		}
+		for selector := range strings.SplitSeq(selectors, ",") {
+			if !strings.HasPrefix(strings.TrimSpace(selector), ".mesh ") {
+				t.Errorf("%s holds for the whole page", line)
+			}
+		}
+	}
+	if strings.Contains(svg, "style=") {
+		t.Error("an attribute with a style, which a content security policy would refuse")
+	}
 }
 
 func shuffled(rng *rand.Rand, in []string) []string {

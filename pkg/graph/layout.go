@@ -27,8 +27,9 @@ const (
 
 // Widths of a letter of the sans-serif fonts that browsers have, rounded up.
 const (
-	nameLetter = 7.6 // at 13 px
-	noteLetter = 5.8 // at 10 px
+	titleLetter = 9.0 // at 15 px, semi-bold
+	nameLetter  = 7.6 // at 13 px
+	noteLetter  = 5.8 // at 10 px
 )
 
 type point struct{ x, y float64 }
@@ -135,7 +136,8 @@ func (c *card) layRing(angle float64, alone bool) {
 			a := start + 2*math.Pi*float64(i)/float64(len(ring))
 			m.at = point{rx * math.Cos(a), ry * math.Sin(a)}
 		}
-		if apart(c.chips, 2*chipGap) && rx > 0 {
+		small := len(ring) <= few && len(ring) == len(c.chips) // of more, all lines lead to the middle
+		if rx > 0 && apart(c.chips, 2*chipGap) && (!small || clearOfLines(ring)) {
 			break
 		}
 		rx, ry = rx+8, ry+6
@@ -176,6 +178,36 @@ func apart(chips []*chip, gap float64) bool {
 		}
 	}
 	return true
+}
+
+// clearOfLines reports whether a line between any two chips of a ring passes by the others.
+func clearOfLines(ring []*chip) bool {
+	for i, a := range ring {
+		for j, b := range ring[:i] {
+			for k, c := range ring {
+				if k != i && k != j && crosses(a.at, b.at, c) {
+					return false
+				}
+			}
+		}
+	}
+	return true
+}
+
+// crosses reports whether a line comes near a chip: all of its corners are on one
+// side of those that it does not.
+func crosses(a, b point, c *chip) bool {
+	const gap = chipGap / 2
+	left, right := false, false
+	for _, corner := range []point{{-1, -1}, {-1, 1}, {1, -1}, {1, 1}} {
+		x, y := c.at.x+corner.x*(c.w/2+gap), c.at.y+corner.y*(c.h/2+gap)
+		if side := (b.x-a.x)*(y-a.y) - (b.y-a.y)*(x-a.x); side > 0 {
+			left = true
+		} else {
+			right = true
+		}
+	}
+	return left && right
 }
 
 // fit sizes the card, and moves its chips to be around its middle.

@@ -53,7 +53,7 @@ func (t *Tunnel) dotAttributes(label string) string {
 		return ""
 	}
 	text := fmt.Sprintf(" [color=%q penwidth=%.1f", tunnelColours[t.State], t.width())
-	if t.State != TunnelFresh {
+	if t.State != TunnelFresh && t.State != TunnelUnused {
 		text += " style=dashed"
 	}
 	if label != "" {

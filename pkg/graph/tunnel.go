@@ -14,7 +14,8 @@ import (
 const (
 	TunnelFresh   = "fresh"   // a handshake within the last three minutes
 	TunnelIdle    = "idle"    // none lately; the next packet starts one
-	TunnelNever   = "never"   // never one
+	TunnelUnused  = "unused"  // never one, and nothing was sent that would need one
+	TunnelNever   = "never"   // never one, though this machine asks for it
 	TunnelMissing = "missing" // the kernel has no such peer
 )
 
@@ -30,20 +31,28 @@ type Tunnel struct {
 // NewTunnel judges a tunnel by its last handshake; zero if there was none.
 func NewTunnel(handshake time.Time, received, sent int64, now time.Time) Tunnel {
 	t := Tunnel{State: TunnelNever, LastHandshake: handshake, ReceiveBytes: received, TransmitBytes: sent}
-	if handshake.IsZero() {
-		return t
+	if !handshake.IsZero() {
+		t.age = max(now.Sub(handshake), 0)
 	}
-	t.State, t.age = TunnelIdle, max(now.Sub(handshake), 0)
-	if t.age < mesh.HandshakeFresh {
+	switch {
+	case handshake.IsZero() && sent == 0:
+		t.State = TunnelUnused
+	case handshake.IsZero():
+	case t.age < mesh.HandshakeFresh:
 		t.State = TunnelFresh
+	default:
+		t.State = TunnelIdle
 	}
 	return t
 }
 
 // WithTunnels is the graph with this machine's own tunnels as they are, by the name
 // of the far end. Those that it should have and are not among them are missing. The
-// graph that it is made from stays as it was.
+// graph that it is made from stays as it was. Nil says that they are not known.
 func (g Graph) WithTunnels(tunnels map[string]Tunnel) Graph {
+	if tunnels == nil {
+		return g
+	}
 	tunnels = maps.Clone(tunnels)
 	missing := func(name string) {
 		if _, there := tunnels[name]; !there && name != g.Self {
@@ -111,7 +120,7 @@ func (g Graph) spokes(m Mesh) map[string]*Tunnel {
 	if !slices.Contains(m.Machines, g.Self) {
 		return out
 	}
-	states := []string{TunnelMissing, TunnelNever, TunnelIdle, TunnelFresh}
+	states := []string{TunnelMissing, TunnelNever, TunnelUnused, TunnelIdle, TunnelFresh}
 	all, own := Tunnel{State: TunnelMissing}, g.own()
 	for _, name := range m.Machines {
 		t := own[name]
@@ -144,6 +153,8 @@ func (t Tunnel) note() string {
 		return traffic
 	case TunnelIdle:
 		return "idle for " + ageText(t.age) + " · " + traffic
+	case TunnelUnused:
+		return "not used yet"
 	case TunnelNever:
 		return "no handshake"
 	}
@@ -156,8 +167,10 @@ func (t Tunnel) label() string {
 	switch t.State {
 	case TunnelFresh, TunnelIdle:
 		return "handshake " + ageText(t.age) + " ago, " + traffic
+	case TunnelUnused:
+		return "not used yet"
 	case TunnelNever:
-		return "no handshake yet, " + traffic
+		return "no handshake, " + traffic
 	}
 	return "the kernel has no such peer"
 }
@@ -187,7 +200,7 @@ func bytesText(n int64) string {
 }
 
 // colours of DOT and Mermaid, which have no dark ones.
-var tunnelColours = map[string]string{TunnelFresh: "#0a8a56", TunnelIdle: "#b7791f", TunnelNever: "#c62f3b", TunnelMissing: "#c62f3b"}
+var tunnelColours = map[string]string{TunnelFresh: "#0a8a56", TunnelIdle: "#b7791f", TunnelUnused: "#5b6b7f", TunnelNever: "#c62f3b", TunnelMissing: "#c62f3b"}
 
 // tunnelsTitle counts those that are connected; "" where nothing is known of them.
 func (g Graph) tunnelsTitle() string {
@@ -201,5 +214,5 @@ func (g Graph) tunnelsTitle() string {
 			fresh++
 		}
 	}
-	return fmt.Sprintf("; %d of its %s fresh", fresh, count(len(own), "tunnel"))
+	return fmt.Sprintf("; %d of its %s connected", fresh, count(len(own), "tunnel"))
 }

@@ -22,10 +22,9 @@ const aside = ".wgcni-aside-"
 var errRaced = errors.New("it was changed by somebody else at the same time")
 
 // replaceFile makes data the content of a file. Readers, and whoever comes after
-// a power cut, see the old file or the new one. Owner is the file whose owner the
-// new one gets; nil: the caller's own.
-func replaceFile(path string, data []byte, mode fs.FileMode, owner fs.FileInfo) error {
-	temp, err := writeAside(path, data, mode, owner)
+// a power cut, see the old file or the new one.
+func replaceFile(path string, data []byte, mode fs.FileMode) error {
+	temp, err := writeAside(path, data, mode, nil)
 	if err != nil {
 		return err
 	}
@@ -38,7 +37,8 @@ func replaceFile(path string, data []byte, mode fs.FileMode, owner fs.FileInfo) 
 
 // writeAside writes a file beside path and returns its name. A rename makes it the
 // file: writing into a binary that is being executed fails ("text file busy"), and
-// a reader of a conflist would see half of it.
+// a reader of a conflist would see half of it. Owner is the file whose owner the
+// new one gets; nil: the caller's own.
 func writeAside(path string, data []byte, mode fs.FileMode, owner fs.FileInfo) (name string, err error) {
 	// A child that is forked while the file is open for writing holds it open until
 	// it executes, and until then nobody can execute the file (golang/go#22315).

@@ -66,7 +66,7 @@ func (o Options) Prepare() (Plan, error) {
 	} else if had != nil && had.Pinned {
 		r.Source, r.Pinned = had.Source, true
 	}
-	if err := o.files(&p, c, had); err != nil {
+	if err := o.check(c, had); err != nil {
 		return p, err
 	}
 	f, err := readFolder(o.CNIDir, had)
@@ -78,9 +78,33 @@ func (o Options) Prepare() (Plan, error) {
 		return p, err
 	}
 	p.Record = chained
-	p.Changes = append(p.Changes, changes...)
+	if err := o.files(&p, c, had); err != nil {
+		return p, err
+	}
+	p.Changes = append(p.Changes, changes...) // the binary is there before the entry names it
 	p.note(f, c, had)
 	return p, nil
+}
+
+// check finds what cannot be installed whatever the network configuration is. It
+// reads little: while that is waited for, it is called again and again.
+func (o Options) check(c config.Config, had *Record) error {
+	if to := filepath.Join(o.BinDir, config.PluginType); had != nil && to != had.Plugin.Path {
+		return fmt.Errorf("the plugin is installed as %s: run `wgcnid uninstall` first", had.Plugin.Path)
+	}
+	if info, err := os.Stat(o.Plugin); err != nil {
+		return fmt.Errorf("the plugin's binary: %w: name it with --plugin", err)
+	} else if !info.Mode().IsRegular() || info.Size() == 0 {
+		return fmt.Errorf("the plugin's binary: %s is no file with content: name it with --plugin", o.Plugin)
+	}
+	if o.Secret == "" {
+		return nil
+	}
+	if c.SecretFile == "" {
+		return errors.New("--secret: the entry names no \"clusterSecretFile\" to copy it to: add that")
+	}
+	_, err := identity.LoadSecrets(o.Secret)
+	return err
 }
 
 // files decides about the binary and the secret.
@@ -88,31 +112,17 @@ func (o Options) files(p *Plan, c config.Config, had *Record) error {
 	var hadPlugin, hadSecret *Placed
 	if had != nil {
 		hadPlugin, hadSecret = &had.Plugin, had.Secret
-		if to := filepath.Join(o.BinDir, config.PluginType); to != had.Plugin.Path {
-			return fmt.Errorf("the plugin is installed as %s: run `wgcnid uninstall` first", had.Plugin.Path)
-		}
-	}
-	if info, err := os.Stat(o.Plugin); err != nil {
-		return fmt.Errorf("the plugin's binary: %w: name it with --plugin", err)
-	} else if !info.Mode().IsRegular() || info.Size() == 0 {
-		return fmt.Errorf("the plugin's binary: %s is no file with content: name it with --plugin", o.Plugin)
 	}
 	plugin, changes, err := placement(o.Plugin, filepath.Join(o.BinDir, config.PluginType), 0o755, hadPlugin)
 	if err != nil {
 		return fmt.Errorf("the plugin's binary: %w", err)
 	}
 	p.Record.Plugin, p.Changes, p.folders = plugin, changes, []string{o.BinDir}
-	switch {
-	case o.Secret == "" && had != nil && had.Secret != nil && had.Secret.Path == c.SecretFile:
-		p.Record.Secret = had.Secret
+	if o.Secret == "" {
+		if hadSecret != nil && hadSecret.Path == c.SecretFile {
+			p.Record.Secret = hadSecret
+		}
 		return nil
-	case o.Secret == "":
-		return nil
-	case c.SecretFile == "":
-		return errors.New("--secret: the entry names no \"clusterSecretFile\" to copy it to: add that")
-	}
-	if _, err := identity.LoadSecrets(o.Secret); err != nil {
-		return err
 	}
 	if same, err := sameFile(o.Secret, c.SecretFile); err != nil || same {
 		return err
@@ -143,8 +153,14 @@ func sameFile(a, b string) (bool, error) {
 // note adds what the operator should know.
 func (p *Plan) note(f folder, c config.Config, had *Record) {
 	path := filepath.Join(f.path, p.Record.Source)
+	n, _ := f.find(p.Record.Source)
+	bin := filepath.Dir(p.Record.Plugin.Path)
+	if primary := n.primary(); primary != "" {
+		if _, err := os.Lstat(filepath.Join(bin, primary)); err != nil {
+			p.Notes = append(p.Notes, fmt.Sprintf("%s has no %q, the primary plugin of %s: if the runtime looks for plugins elsewhere no pod can start, so name that folder with --bin-dir", bin, primary, path))
+		}
+	}
 	if p.Record.Mode == ByHand {
-		n, _ := f.find(p.Record.Source)
 		note := path + " chains wgcni already: it stays as it is, and to change or remove the entry is up to you"
 		if !chainsEntry(n.list, p.Record.Entry) {
 			note += "; it differs from the one given"

@@ -46,6 +46,7 @@ func newNode(t *testing.T) *node {
 	}
 	n.write("cni/10-pods.conflist", primary)
 	n.write("usr/wgcni", "the plugin")
+	n.write("opt/bin/ptp", "the primary")
 	return n
 }
 
@@ -228,10 +229,17 @@ func TestInstallAgain(t *testing.T) {
 		{"in place", func(n *node) { n.InPlace = true }},
 		{"from in place", func(n *node) { n.InPlace = true; n.install(); n.InPlace = false }},
 		{"source rewritten", func(n *node) { n.write("cni/10-pods.conflist", strings.ReplaceAll(primary, "244.1.0", "244.2.0")) }},
-		{"record lost", func(n *node) { n.must(os.RemoveAll(n.state)); n.must(os.RemoveAll(n.path("opt"))) }},
+		{"record lost", func(n *node) { n.must(os.RemoveAll(n.state)); n.must(os.Remove(n.path("opt/bin/wgcni"))) }},
 		{"copy altered", func(n *node) { n.write(copied, primary) }},
 		{"copy cut short", func(n *node) { n.write(copied, primary[:40]) }},
 		{"copy deleted", func(n *node) { n.must(os.Remove(n.path(copied))) }},
+		{"removal begun", func(n *node) {
+			m, err := BeginRemoval(n.t.Context(), n.state)
+			n.must(err)
+			defer m.Close()
+			_, err = m.TakeOut(n.t.Context())
+			n.must(err)
+		}},
 		{"something comes first", func(n *node) {
 			n.rename("cni/10-pods.conflist", primary)
 			n.must(os.Rename(n.path("cni/10-pods.conflist"), n.path("cni/00-a.conflist")))
@@ -251,7 +259,7 @@ func TestInstallAgain(t *testing.T) {
 			got := n.files()
 
 			m := newNode(t)
-			m.Options.Entry, m.Options.InPlace = bytes.ReplaceAll(n.Entry, []byte(n.root), []byte(m.root)), n.InPlace
+			m.Entry, m.InPlace = bytes.ReplaceAll(n.Entry, []byte(n.root), []byte(m.root)), n.InPlace
 			m.must(os.RemoveAll(m.path("cni")))
 			for name, text := range before {
 				if now, ok := got[name]; ok {
@@ -430,6 +438,19 @@ func TestBinaryInUse(t *testing.T) {
 	if n.read("opt/bin/wgcni") != "newer" {
 		t.Error("the binary is the old one")
 	}
+}
+
+// The runtime may look for plugins elsewhere: then the primary is not there either.
+func TestInstallNotesFolder(t *testing.T) {
+	n := newNode(t)
+	before := n.files()
+	n.BinDir = n.path("elsewhere/bin")
+	p := n.install()
+	if len(p.Notes) != 1 || !strings.Contains(p.Notes[0], `no "ptp"`) || !strings.Contains(p.Notes[0], "--bin-dir") {
+		t.Errorf("%q", p.Notes)
+	}
+	n.uninstall(true)
+	n.same(before) // the folders that were made are gone as well
 }
 
 // Two installations at once, and an uninstall: they take turns.

@@ -75,7 +75,7 @@ func (k *keeper) keepPlugin(r *Record) {
 				k.warn("plugin", err)
 				return
 			}
-			if err := replaceFile(path, mine, 0o755, nil); err != nil {
+			if err := replaceFile(path, mine, 0o755); err != nil {
 				k.warn("plugin", err)
 				return
 			}
@@ -130,7 +130,7 @@ func (k *keeper) keepSecret(r Record) error {
 		if err := os.MkdirAll(filepath.Dir(s.Path), 0o700); err != nil {
 			return err
 		}
-		if err := replaceFile(s.Path, data, 0o600, nil); err != nil {
+		if err := replaceFile(s.Path, data, 0o600); err != nil {
 			return err
 		}
 		k.log.Info("installation: the cluster secret has changed, and is copied anew", "file", s.Path, "from", s.From)

@@ -3,6 +3,7 @@ package install
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -59,6 +60,24 @@ func TestKeep(t *testing.T) {
 		{"and is no network", nil, func(n *node) { n.write("cni/00-a.conflist", "{") }, "cni/00-00-wgcni.conflist", primary, 2},
 		{"two copies", nil, func(n *node) { n.write("cni/00-00-wgcni.conflist", n.read(copied)) }, copied, primary, 1},
 		{"chained by hand", nil, func(n *node) { n.write("cni/10-pods.conflist", chainedByHand(n)) }, copied, primary, 0},
+		// istio-cni and linkerd-cni put their plugin into the first list that there is. To
+		// put the copy back each time would be a fight without end.
+		{"another plugin in the copy", nil, func(n *node) {
+			list := decoded(n, copied)
+			list["plugins"] = append(list["plugins"].([]any), map[string]any{"type": "istio-cni"})
+			text, err := json.MarshalIndent(list, "", "    ")
+			n.must(err)
+			n.rename(copied, string(text))
+		}, "", "", 0},
+		{"another plugin in the place of one", nil, func(n *node) {
+			n.write(copied, strings.Replace(n.read(copied), `{ "type": "portmap" }`, `{ "type": "istio-cni" }`, 1))
+		}, copied, primary, 1},
+		{"other keys in the copy", nil, func(n *node) {
+			n.write(copied, strings.Replace(n.read(copied), `"name"`, `"disableCheck": true, "name"`, 1))
+		}, copied, primary, 1},
+		{"two entries in the copy", nil, func(n *node) {
+			n.write(copied, strings.Replace(n.read(copied), `{ "type": "portmap" }`, `{ "type": "portmap" }, { "type": "wgcni" }`, 1))
+		}, copied, primary, 1},
 		{"plugin deleted", nil, func(n *node) { n.must(os.Remove(n.path("opt/bin/wgcni"))) }, copied, primary, 1},
 		{"plugin replaced", nil, func(n *node) { n.rename("opt/bin/wgcni", "another") }, copied, primary, 1},
 		{"plugin not executable", nil, func(n *node) { n.must(os.Chmod(n.path("opt/bin/wgcni"), 0o600)) }, copied, primary, 1},
@@ -95,7 +114,7 @@ func TestKeep(t *testing.T) {
 			if n.read("opt/bin/wgcni") != "the plugin" {
 				t.Error("the plugin is not what it was")
 			}
-			if f, err := readFolder(n.CNIDir, nil); err != nil || tt.options == nil && f.networks[0].file != filepath.Base(tt.target) {
+			if f, err := readFolder(n.CNIDir, nil); err != nil || tt.options == nil && !copies.MatchString(f.networks[0].file) {
 				t.Errorf("the runtime takes %s, %v", f.networks[0].file, err)
 			}
 			mended := n.files()
@@ -107,6 +126,11 @@ func TestKeep(t *testing.T) {
 			}
 		})
 	}
+}
+
+func decoded(n *node, file string) (list map[string]any) {
+	n.must(json.Unmarshal([]byte(n.read(file)), &list))
+	return list
 }
 
 func chainedByHand(n *node) string {
@@ -279,6 +303,18 @@ func TestEditRaced(t *testing.T) {
 	}
 	if entries, _ := os.ReadDir(dir); len(entries) != 1 {
 		t.Errorf("left over: %v", entries)
+	}
+	// The way of file systems that cannot exchange two files.
+	temp := filepath.Join(dir, "aside")
+	for _, old := range []string{"what was read", "theirs"} {
+		if err := os.WriteFile(temp, []byte("ours"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		err := editByRename(path, temp, []byte(old))
+		data, rerr := os.ReadFile(path)
+		if raced := old != "theirs"; errors.Is(err, errRaced) != raced || (string(data) == "ours") == raced || rerr != nil {
+			t.Errorf("%q, %v", data, errors.Join(err, rerr))
+		}
 	}
 }
 

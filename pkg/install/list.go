@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -308,8 +310,45 @@ func Entry(text []byte) ([]byte, error) {
 	return text, nil
 }
 
-// sameJSON reports whether two texts are the same value.
+// sameJSON reports whether two texts are the same value, however they are laid out.
 func sameJSON(a, b []byte) bool {
-	var x, y bytes.Buffer
-	return json.Compact(&x, a) == nil && json.Compact(&y, b) == nil && bytes.Equal(x.Bytes(), y.Bytes())
+	x, err := decode(a)
+	if err != nil {
+		return false
+	}
+	y, err := decode(b)
+	return err == nil && reflect.DeepEqual(x, y)
+}
+
+func decode(text []byte) (v any, err error) {
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.UseNumber()
+	err = d.Decode(&v)
+	return v, err
+}
+
+// extends reports whether a list is another one with more plugins in it, wherever
+// they stand, and none of wgcni among these. Programs that chain a plugin of their
+// own (istio-cni, linkerd-cni) put it into the first list, which is our copy.
+func extends(list, base []byte) bool {
+	var l, b map[string]json.RawMessage
+	var plugins, wanted []json.RawMessage
+	if json.Unmarshal(list, &l) != nil || json.Unmarshal(base, &b) != nil ||
+		json.Unmarshal(l["plugins"], &plugins) != nil || json.Unmarshal(b["plugins"], &wanted) != nil {
+		return false
+	}
+	delete(l, "plugins")
+	delete(b, "plugins")
+	if !maps.EqualFunc(l, b, func(x, y json.RawMessage) bool { return sameJSON(x, y) }) {
+		return false
+	}
+	for _, p := range plugins {
+		switch {
+		case len(wanted) > 0 && sameJSON(p, wanted[0]):
+			wanted = wanted[1:]
+		case typeOf(p) == config.PluginType:
+			return false
+		}
+	}
+	return len(wanted) == 0
 }

@@ -79,7 +79,7 @@ func (c Change) apply() error {
 		}
 		return nil
 	}
-	return replaceFile(c.Path, c.New, c.Mode, nil)
+	return replaceFile(c.Path, c.New, c.Mode)
 }
 
 // placement decides about a file that is copied to a place: mode 0755 for a
@@ -190,7 +190,7 @@ func chainCopy(f folder, r Record, src network, want, base []byte) (Record, []Ch
 	switch now, ok := f.find(name); {
 	case !ok:
 		out = append(out, Change{Path: target, New: want, Mode: 0o644, Text: "is a copy of " + src.file + " with the entry; it sorts first, so the runtime takes it"})
-	case !bytes.Equal(now.data, want):
+	case !extends(now.data, want):
 		out = append(out, Change{Path: target, Old: now.data, New: want, Mode: 0o644, Text: "is made anew of " + src.file})
 	}
 	if !f.copied(src) && !bytes.Equal(base, src.list) {

@@ -111,7 +111,7 @@ func (r Record) save(stateDir string) error {
 	if err != nil {
 		return err
 	}
-	return replaceFile(filepath.Join(stateDir, RecordFile), append(data, '\n'), 0o600, nil)
+	return replaceFile(filepath.Join(stateDir, RecordFile), append(data, '\n'), 0o600)
 }
 
 // lock lets one process at a time change an installation. It waits for others as

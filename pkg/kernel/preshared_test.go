@@ -50,6 +50,7 @@ func sharing(key int, n mesh.Node) mesh.Node {
 
 // An end is one of two nodes that are next to each other.
 type end struct {
+	logs  string // folder of the tunnel process's
 	ns    netns.NsHandle
 	k     *kernel.Kernel
 	facts mesh.Facts // without nodes
@@ -90,7 +91,7 @@ func newEnd(t *testing.T, ns netns.NsHandle, n int, name string) *end {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &end{ns: ns}
+	e := &end{ns: ns, logs: t.TempDir()}
 	e.facts = mesh.Facts{Settings: settings(), Self: node(n, fmt.Sprintf("10.244.%d.0/24", n))}
 	e.facts.Interface, e.facts.Self.PublicKey = name, private.PublicKey()
 	e.in(t, func() {
@@ -99,7 +100,7 @@ func newEnd(t *testing.T, ns netns.NsHandle, n int, name string) *end {
 			PrivateKey:   func() (wgtypes.Key, error) { return private, nil },
 			PresharedKey: presharedKeys,
 			StartTunnel: func(name string, mtu int) error {
-				return userspace.Start(name, mtu, t.TempDir()+"/tunnel.log")
+				return userspace.Start(name, mtu, e.logs+"/tunnel.log")
 			},
 		})
 	})

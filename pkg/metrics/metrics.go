@@ -6,13 +6,12 @@
 package metrics
 
 import (
-	"net/http"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
@@ -43,6 +42,7 @@ type Metrics struct {
 	Config
 	registry *prometheus.Registry
 	last     atomic.Pointer[reconcile.Passed] // nil before the first pass
+	flight   singleflight.Group               // of Read
 
 	passes, refused        *prometheus.CounterVec
 	repairs                prometheus.Counter
@@ -118,7 +118,7 @@ func New(c Config) *Metrics {
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: prefix + "info", Help: "1, with what this node is."},
 		[]string{"version", "node", "interface", "encryption"})
 	info.WithLabelValues(c.Version, c.Node, c.Interface, c.Encryption).Set(1)
-	r.MustRegister(m.verbs, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), newNow(m))
+	r.MustRegister(m.verbs, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, result := range []string{ok, failed} {
 		m.passes.WithLabelValues(result)
 		for _, verb := range store.VerbNames {
@@ -130,14 +130,6 @@ func New(c Config) *Metrics {
 	}
 	return m
 }
-
-// Handler serves the metrics.
-func (m *Metrics) Handler() http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError, MaxRequestsInFlight: 4})
-}
-
-// Registry is where more metrics may be registered.
-func (m *Metrics) Registry() *prometheus.Registry { return m.registry }
 
 // Passed takes in a pass. It is the loop's to call.
 func (m *Metrics) Passed(p reconcile.Passed) {

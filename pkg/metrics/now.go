@@ -1,149 +1,196 @@
 package metrics
 
 import (
-	"errors"
+	"bufio"
+	"io"
+	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sync/singleflight"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/mesh"
-	"github.com/wgcni/wgcni/pkg/reconcile"
 )
 
-// now collects what is read when it is asked for.
+// manyScrapes is how many are answered at once.
+const manyScrapes = 4
+
+// Handler serves the metrics, in Prometheus' text format alone.
+func (m *Metrics) Handler() http.Handler {
+	slots := make(chan struct{}, manyScrapes)
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		default:
+			http.Error(w, "too many scrapes at once", http.StatusServiceUnavailable)
+			return
+		}
+		n := m.look()
+		own := prometheus.NewRegistry()
+		own.MustRegister(n)
+		families, err := prometheus.Gatherers{m.registry, own}.Gather()
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
+		n.write(w, families)
+	})
+}
+
+// now is what was read for one scrape.
 type now struct {
-	*Metrics
-	flight singleflight.Group
-
-	readUp, up, mtu, userspace                  *prometheus.Desc
-	handshake, received, sent, peerState, peers *prometheus.Desc
-	dropped, droppedBytes, unallowed, away      *prometheus.Desc
+	m     *Metrics
+	read  Reading
+	err   error         // why nothing was read
+	away  time.Duration // for how long the registry is
+	peers []peer
 }
 
-func newNow(m *Metrics) *now {
-	desc := func(name, help string, labels ...string) *prometheus.Desc {
-		return prometheus.NewDesc(prefix+name, help, labels, nil)
-	}
-	return &now{
-		Metrics:      m,
-		readUp:       desc("kernel_read_up", "1 if the kernel could be read for this scrape; else what is read from it is missing."),
-		up:           desc("interface_up", "1 if the WireGuard interface is there and up."),
-		mtu:          desc("interface_mtu_bytes", "MTU of the WireGuard interface."),
-		userspace:    desc("interface_userspace", "1 if WireGuard is a process, 0 if it is the kernel's."),
-		handshake:    desc("peer_last_handshake_timestamp_seconds", "When the last handshake with the peer was, in Unix time; missing if there was none.", "peer"),
-		received:     desc("peer_receive_bytes_total", "Bytes received from the peer, as sealed.", "peer"),
-		sent:         desc("peer_transmit_bytes_total", "Bytes sent to the peer, as sealed.", "peer"),
-		peerState:    desc("peer_state", "1, with the state that the peer is in now.", "peer", "state"),
-		peers:        desc("peers", "Peers by state.", "state"),
-		dropped:      desc("plaintext_dropped_packets_total", "Plaintext packets that were kept from leaving (out) and from coming in.", "direction"),
-		droppedBytes: desc("plaintext_dropped_bytes_total", "Bytes of plaintext packets that were kept from leaving (out) and from coming in.", "direction"),
-		unallowed:    desc("unallowed_source_packets_total", "Packets that a peer had sealed with a source address that is not allowed to it."),
-		away:         desc("registry_age_seconds", "For how long the registry could not be read; 0 while it can."),
-	}
+type peer struct {
+	name  string // as the value of a label
+	state string
+	mesh.Peer
 }
+
+// look reads the kernel. Scrapes that come while one is at it take what that one gets.
+func (m *Metrics) look() *now {
+	n := &now{m: m}
+	read, err, _ := m.flight.Do("", func() (any, error) { return m.Read() })
+	if err != nil {
+		n.err = err
+	} else {
+		n.read = read.(Reading) //nolint:forcetypeassert // it is what Read returns
+	}
+	at, last := m.Now(), m.Last()
+	if last == nil {
+		return n
+	}
+	if last.Report.RegistryError != "" {
+		n.away = max(at.Sub(last.Report.RegistrySince), 0)
+	}
+	if err != nil {
+		return n
+	}
+	have := make(map[wgtypes.Key]int, len(n.read.Peers))
+	for i, p := range n.read.Peers {
+		have[p.PublicKey] = i
+	}
+	n.peers = make([]peer, 0, len(last.Peers))
+	for _, p := range last.Peers {
+		name := escape.Replace(strings.ToValidUTF8(p.Name, "\ufffd"))
+		i, there := have[p.PublicKey]
+		if there {
+			p = n.read.Peers[i]
+		}
+		n.peers = append(n.peers, peer{name, m.State(p, there, at), p})
+	}
+	return n
+}
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(prefix+name, help, labels, nil)
+}
+
+var (
+	descRead         = desc("kernel_read_up", "1 if the kernel could be read for this scrape; else what is read from it is missing.")
+	descUp           = desc("interface_up", "1 if the WireGuard interface is there and up.")
+	descMTU          = desc("interface_mtu_bytes", "MTU of the WireGuard interface.")
+	descUserspace    = desc("interface_userspace", "1 if WireGuard is a process, 0 if it is the kernel's.")
+	descPeers        = desc("peers", "Peers by state.", "state")
+	descDropped      = desc("plaintext_dropped_packets_total", "Plaintext packets that were kept from leaving (out) and from coming in.", "direction")
+	descDroppedBytes = desc("plaintext_dropped_bytes_total", "Bytes of plaintext packets that were kept from leaving (out) and from coming in.", "direction")
+	descUnallowed    = desc("unallowed_source_packets_total", "Packets that a peer had sealed with a source address that is not allowed to it.")
+	descAway         = desc("registry_age_seconds", "For how long the registry could not be read; 0 while it can.")
+)
 
 // Describe implements prometheus.Collector.
 func (n *now) Describe(to chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		n.readUp, n.up, n.mtu, n.userspace, n.handshake, n.received, n.sent, n.peerState, n.peers, n.dropped, n.droppedBytes, n.unallowed, n.away,
+		descRead, descUp, descMTU, descUserspace, descPeers, descDropped, descDroppedBytes, descUnallowed, descAway,
 	} {
 		to <- d
 	}
 }
 
-// Collect implements prometheus.Collector.
+// Collect implements prometheus.Collector, for all but what there is of each peer.
 func (n *now) Collect(to chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		to <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
-	counter := func(d *prometheus.Desc, v float64, labels ...string) {
-		to <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
+	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
+		to <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
-	at := n.Now()
-	last := n.Last()
-	age := 0.0
-	if last != nil && last.Report.RegistryError != "" {
-		age = max(at.Sub(last.Report.RegistrySince), 0).Seconds()
-	}
-	gauge(n.away, age)
-	// Scrapes that come while one is at it take what that one gets.
-	read, err, _ := n.flight.Do("", func() (any, error) { return n.Read() })
-	gauge(n.readUp, one(err == nil))
-	if err != nil {
+	gauge(descAway, n.away.Seconds())
+	gauge(descRead, one(n.err == nil))
+	if n.err != nil {
 		return
 	}
-	r := read.(Reading) //nolint:forcetypeassert // it is what Read returns
-	gauge(n.up, one(r.Up))
-	gauge(n.userspace, one(r.Userspace))
-	if r.MTU > 0 {
-		gauge(n.mtu, float64(r.MTU))
+	gauge(descUp, one(n.read.Up))
+	gauge(descUserspace, one(n.read.Userspace))
+	if n.read.MTU > 0 {
+		gauge(descMTU, float64(n.read.MTU))
 	}
-	counter(n.dropped, float64(r.Drops.Out.Packets), out)
-	counter(n.dropped, float64(r.Drops.In.Packets), in)
-	counter(n.droppedBytes, float64(r.Drops.Out.Bytes), out)
-	counter(n.droppedBytes, float64(r.Drops.In.Bytes), in)
-	if r.Unallowed != nil {
-		counter(n.unallowed, float64(*r.Unallowed))
+	drops := n.read.Drops
+	counter(descDropped, drops.Out.Packets, out)
+	counter(descDropped, drops.In.Packets, in)
+	counter(descDroppedBytes, drops.Out.Bytes, out)
+	counter(descDroppedBytes, drops.In.Bytes, in)
+	if n.read.Unallowed != nil {
+		counter(descUnallowed, *n.read.Unallowed)
 	}
-	n.collectPeers(r, last, at, gauge, counter)
-}
-
-func (n *now) collectPeers(r Reading, last *reconcile.Passed, at time.Time, gauge, counter func(*prometheus.Desc, float64, ...string)) {
 	states := map[string]int{}
-	if last != nil {
-		have := make(map[wgtypes.Key]*mesh.Peer, len(r.Peers))
-		for i, p := range r.Peers {
-			have[p.PublicKey] = &r.Peers[i]
+	for _, p := range n.peers {
+		states[p.state]++
+	}
+	for _, state := range n.m.States {
+		gauge(descPeers, float64(states[state]), state)
+	}
+}
+
+// write writes the metrics as text. Those of peers are written as they go: as
+// objects of the library they would cost megabytes in a large mesh, at every scrape.
+func (n *now) write(to io.Writer, families []*dto.MetricFamily) {
+	w := bufio.NewWriter(to) // keeps the first error; a caller that has gone needs no answer
+	defer w.Flush()          //nolint:errcheck // see above
+	for _, f := range families {
+		if _, err := expfmt.MetricFamilyToText(w, f); err != nil {
+			return
 		}
-		for _, want := range last.Peers {
-			p, there := have[want.PublicKey]
+	}
+	family := func(name, kind, help string, value func(peer) (rest string, v float64, there bool)) {
+		head := prefix + name + `{peer="`
+		line := append([]byte(nil), "# HELP "+prefix+name+" "+help+"\n# TYPE "+prefix+name+" "+kind+"\n"...)
+		for _, p := range n.peers {
+			rest, v, there := value(p)
 			if !there {
-				p = &want
+				continue
 			}
-			name := strings.ToValidUTF8(want.Name, "\ufffd") // client_golang panics on others
-			state := n.State(*p, there, at)
-			states[state]++
-			gauge(n.peerState, 1, name, state)
-			counter(n.received, float64(p.ReceiveBytes), name)
-			counter(n.sent, float64(p.TransmitBytes), name)
-			if !p.LastHandshake.IsZero() {
-				gauge(n.handshake, float64(p.LastHandshake.UnixMilli())/1000, name)
-			}
+			line = append(append(append(append(line, head...), p.name...), rest...), "} "...)
+			line = append(strconv.AppendFloat(line, v, 'g', -1, 64), '\n')
+			_, _ = w.Write(line)
+			line = line[:0]
 		}
 	}
-	for _, state := range n.States {
-		gauge(n.peers, float64(states[state]), state)
+	if len(n.peers) == 0 {
+		return
 	}
+	family("peer_last_handshake_timestamp_seconds", "gauge", "When the last handshake with the peer was, in Unix time; missing if there was none.",
+		func(p peer) (string, float64, bool) {
+			return `"`, float64(p.LastHandshake.UnixMilli()) / 1000, !p.LastHandshake.IsZero()
+		})
+	family("peer_receive_bytes_total", "counter", "Bytes received from the peer, as sealed.",
+		func(p peer) (string, float64, bool) { return `"`, float64(p.ReceiveBytes), true })
+	family("peer_state", "gauge", "1, with the state that the peer is in now.",
+		func(p peer) (string, float64, bool) { return `",state="` + p.state + `"`, 1, true })
+	family("peer_transmit_bytes_total", "counter", "Bytes sent to the peer, as sealed.",
+		func(p peer) (string, float64, bool) { return `"`, float64(p.TransmitBytes), true })
 }
 
-// stuck is after how long without a pass the loop is taken for dead: passes come
-// every ten seconds, or every second where they fail.
-const stuck = 30 * time.Second
-
-// Alive says why the loop is taken for dead; nil while it comes round. Started is
-// when it began.
-func Alive(last *reconcile.Passed, started, now time.Time) error {
-	at := started
-	if last != nil && last.Report.At.After(at) {
-		at = last.Report.At
-	}
-	if d := now.Sub(at); d > stuck {
-		return errors.New("the loop has not come round for " + d.Round(time.Second).String())
-	}
-	return nil
-}
-
-// Ready says why the kernel is not as planned, or why that helps nobody; nil if
-// it is.
-func Ready(r reconcile.Report) error {
-	switch {
-	case r.Error != "":
-		return errors.New("the last pass failed: " + r.Error)
-	case r.Forgotten:
-		return errors.New("the mesh has forgotten this node and revoked its key")
-	}
-	return nil
-}
+// escape is the text format's for the value of a label.
+var escape = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)

@@ -36,6 +36,7 @@ type testNode struct {
 	adoptable []store.Attachment
 	adoptions int
 	reports   []reconcile.Report
+	passed    []reconcile.Passed
 
 	cancel context.CancelFunc
 	done   chan error
@@ -68,6 +69,11 @@ func (n *testNode) loop() *reconcile.Loop {
 			n.mu.Lock()
 			defer n.mu.Unlock()
 			n.reports = append(n.reports, r)
+		},
+		Passed: func(p reconcile.Passed) {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.passed = append(n.passed, p)
 		},
 	}
 }

@@ -194,3 +194,21 @@ func BenchmarkLogVerb(b *testing.B) {
 		store.LogVerb(dir, store.Verb{Name: "ADD", Took: time.Millisecond})
 	}
 }
+
+func FuzzVerbLog(f *testing.F) {
+	f.Add([]byte("ADD ok 5\nDEL error 7\n"))
+	f.Add([]byte("ADD ok 5\nADD ok"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		dir := t.TempDir()
+		if err := os.WriteFile(store.VerbsPath(dir), text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var l store.VerbLog
+		defer l.Close()
+		for _, v := range append(drain(t, &l, dir), drain(t, &l, dir)...) {
+			if !slices.Contains(store.VerbNames, v.Name) || v.Took < 0 || v.Took > time.Hour {
+				t.Errorf("%q: %v", text, v)
+			}
+		}
+	})
+}

@@ -7,6 +7,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"runtime/debug"
@@ -60,7 +61,11 @@ var started = time.Now()
 // logVerb leaves to the helper what became of a verb: metrics of this process
 // would be gone with it.
 func logVerb(name string, args *skel.CmdArgs, err error) {
-	store.LogVerb(config.RunDirOf(args.StdinData), store.Verb{Name: name, Failed: err != nil, Took: time.Since(started)})
+	runDir := config.DefaultRunDir
+	if bytes.Contains(args.StdinData, []byte(`"runDir"`)) { // parsing all of it would take longer than all else here
+		runDir = config.RunDirOf(args.StdinData)
+	}
+	store.LogVerb(runDir, store.Verb{Name: name, Failed: err != nil, Took: time.Since(started)})
 }
 
 // warn tells the operator without failing the verb; runtimes log stderr.

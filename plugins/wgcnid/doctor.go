@@ -57,7 +57,7 @@ The exit status is 1 if something fails.`,
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.Flags().BoolVar(&quick, "quick", false, "send nothing")
-	cmd.Flags().StringVar(&binDir, "bin-dir", "", "folder of the CNI plugins (default: containerd's, else /opt/cni/bin)")
+	cmd.Flags().StringVar(&binDir, "bin-dir", "", "folder of the CNI plugins (default: where `wgcnid install` put wgcni, else containerd's, else /opt/cni/bin)")
 	return cmd
 }
 
@@ -89,8 +89,12 @@ func examine(ctx context.Context, o options, binDir string, quick bool, peers []
 		Config: c, Kernel: k, Registry: registry.New(openStore(c.Registry), trust), Trust: trust, TrustError: trustErr,
 		CNIDir: o.cniDir, BinDir: binDir, Version: version.String(), Peers: peers, Quick: quick,
 	}
-	if r, err := readReport(c.RunDir); err == nil {
-		s.Report = &r
+	s.Report = func() *reconcile.Report {
+		r, err := readReport(c.RunDir)
+		if err != nil {
+			return nil
+		}
+		return &r
 	}
 	checks = append(checks, doctor.Check{
 		ID: "config", Title: "Configuration", Level: doctor.OK, Looked: looked,

@@ -154,8 +154,12 @@ var verdictWords = map[explain.Verdict]string{
 func printExplanation(w io.Writer, e explain.Explanation) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s: %s.\n", verdictWords[e.Verdict], oneLine(e.Why))
-	if e.Mend != "" {
-		fmt.Fprintf(&b, "%s.\n", oneLine(e.Mend))
+	switch {
+	case e.Mend == "":
+	case e.Fault:
+		fmt.Fprintf(&b, "Mend: %s.\n", oneLine(e.Mend))
+	default:
+		fmt.Fprintf(&b, "Hint: %s.\n", oneLine(e.Mend))
 	}
 	fmt.Fprintln(&b)
 	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)

@@ -31,9 +31,9 @@ func graphCommand(o *options) *cobra.Command {
 		Short: "Draw the mesh: its locations, gateways and tunnels",
 		Long: `Draw the mesh as this node knows it: machines by location, gateways, spokes and
 plain WireGuard peers, the tunnels by which traffic goes, this node, and who cannot
-talk to whom. While the registry is away, what this node knows is drawn. As root, this
-node's own tunnels are drawn as its kernel has them: by their last handshake, and
-wider with more traffic.
+talk to whom. While the registry is away, what this node knows is drawn. As root,
+this node's own tunnels are drawn as its kernel has them: by their last handshake,
+and wider with more traffic.
 
 The formats are svg (for browsers, on light and dark backgrounds), dot (for
 Graphviz), mermaid (for Markdown) and json. Without --format it is that of the
@@ -58,11 +58,7 @@ tunnels to each other, a point in their midst stands for these.`,
 			if v.away != nil {
 				fmt.Fprintln(cmd.ErrOrStderr(), printable("The registry is away; this is what this node knows: "+oneLine(v.away.Error())))
 			}
-			g := drawMesh(c, v)
-			if tunnels := ownTunnels(c, v, time.Now()); tunnels != nil {
-				g = g.WithTunnels(tunnels)
-			}
-			text, err := graphText(g, format)
+			text, err := graphText(drawMesh(c, v).WithTunnels(ownTunnels(c, v, time.Now())), format)
 			if err != nil {
 				return err
 			}

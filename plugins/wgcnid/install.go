@@ -14,6 +14,8 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/install"
+	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/reconcile"
 )
 
 // installFlags are the flags of install.
@@ -46,7 +48,8 @@ which the runtime starts, does not have it.
 --in-place inserts the entry into the file itself, and ` + "`wgcnid run`" + ` puts it back
 when the agent rewrites the file; until then pods start without wgcni. It is meant
 for runtimes that use several networks at once (containerd with max_conf_num other
-than 1), which would use the copy beside its original.
+than 1), which would use the copy beside its original, and for Multus, which picks
+the first file as its own default: name that one with --conflist.
 
 Where there is no network configuration yet, or only half of one, it waits for the
 primary plugin's agent to write it. --dry-run shows what would be changed.`,
@@ -177,6 +180,12 @@ func printInstalled(w io.Writer, p install.Plan) error {
 	}
 	for _, note := range p.Notes {
 		fmt.Fprintln(w, printable("Note: "+note+"."))
+	}
+	if c, err := config.Parse([]byte(p.Record.Entry)); err == nil && !reconcile.HelperAlive(c.RunDir) {
+		fmt.Fprintln(w, "Next: start `wgcnid run`, and see with `wgcnid status` what it does.")
+		if c.Encryption == mesh.Required {
+			fmt.Fprintln(w, "Until it runs, what new pods and other nodes send each other is dropped.")
+		}
 	}
 	return nil
 }

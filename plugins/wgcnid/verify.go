@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/doctor"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/registry"
@@ -40,10 +41,10 @@ func verifyCommand(o *options) *cobra.Command {
 peer has in the tunnel, from a pod of this node where there is one, with a random
 marker in each packet, and looks at all interfaces meanwhile:
 
-  in the tunnel   packets with the marker on the WireGuard interface: they did enter it
-  in the clear    packets with the marker on any interface towards the network; must be 0
-  wireguard       WireGuard's packets to and from the peer's endpoint
-  answers         the peer has decrypted them, and its answers came back the same way
+  in the tunnel  packets with the marker on the WireGuard interface: they entered it
+  in the clear   packets with the marker on any other interface; must be 0
+  wireguard      WireGuard's packets to and from the peer's endpoint
+  answers        the peer has decrypted them, and its answers came back this way
 
 It may run while there is other traffic, and changes nothing. The exit status is 1
 if something was in the clear, or if nothing could be shown.`,
@@ -145,7 +146,7 @@ func verifyTargets(s mesh.State, records registry.Snapshot, self string, names [
 			continue
 		}
 		all = append(all, r.Name)
-		address := peerAddress(r, s.Peers[i])
+		address := doctor.TunnelAddress(r, s.Peers[i], s.Routes)
 		if len(names) > 0 && r.Name != names[0] || !address.IsValid() {
 			continue
 		}
@@ -162,27 +163,13 @@ func verifyTargets(s mesh.State, records registry.Snapshot, self string, names [
 	return nil, errors.New("this node has no peers yet: there is nothing to send to")
 }
 
-// peerAddress is one that the peer itself has in the tunnel.
-func peerAddress(r registry.Record, p mesh.Peer) netip.Addr {
-	candidates := mesh.Node{Prefixes: r.Prefixes}.TunnelAddresses()
-	for _, h := range r.Hosts {
-		candidates = append(candidates, h.Prefix.Addr())
-	}
-	for _, a := range candidates {
-		if slices.ContainsFunc(p.AllowedIPs, func(p netip.Prefix) bool { return p.Contains(a) }) {
-			return a
-		}
-	}
-	return netip.Addr{}
-}
-
 // localPods are the pods whose namespaces are still there.
 func localPods(ctx context.Context, c config.Config) ([]store.Attachment, error) {
 	st, err := store.OpenAttachments(ctx, c.RunDir)
 	if err != nil {
 		return nil, err
 	}
-	defer st.Close() //nolint:errcheck // nothing was written
+	defer st.Close()
 	pods, err := st.All()
 	return slices.DeleteFunc(pods, func(a store.Attachment) bool { return a.Sandbox == "" || kernel.SandboxID(a.Sandbox) == 0 }), err
 }

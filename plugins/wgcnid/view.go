@@ -75,7 +75,8 @@ func (w *web) picture(ctx context.Context) (string, error) {
 	if len(known.Records.Nodes) > manyDrawn {
 		return "", errManyMachines
 	}
-	return printable(drawMesh(c, meshView{self: known.Self, records: known.Records}).SVG()), nil
+	v := meshView{self: known.Self, records: known.Records}
+	return printable(drawMesh(c, v).WithTunnels(ownTunnels(c, v, time.Now())).SVG()), nil
 }
 
 // page looks at the node, as `wgcnid status` does.

@@ -11,6 +11,8 @@ core='TestAllPodsReachAllPods TestNoPlaintextWhileTunnelIsGone TestTunnelIsResta
 TestPlaintextFromANodeThatHasNotJoined TestADD TestCHECK TestDELWithoutAnything TestNothingIsLeft'
 moves='TestPodsOutsideThePrefixAreAnnounced TestPodMovesThereAndBack TestPodsSwap'
 coreKernel='TestSingleAllowedIPsAreRemoved TestRemoveAllowedIP TestRandomWalkLeavesForeignObjectsAlone TestRepairs TestPresharedKeysMustMatch'
+# What a container of a DaemonSet may do is enough, where the tunnel is the kernel's.
+operate='TestDaemonSet TestAQuietNodeLogsNothing'
 limit=1500 # seconds, for each guest
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/wgcni-kernel.XXXXXX")
@@ -32,6 +34,7 @@ debian=$(scripts/kernel/debian.sh)
 
 echo "building tests"
 CGO_ENABLED=0 go test -c -o "$work/e2e" ./test/e2e
+CGO_ENABLED=0 go test -c -o "$work/operate" ./test/operate
 CGO_ENABLED=0 go test -c -o "$work/kernel" ./pkg/kernel
 go test -race -c -o "$work/kernel-race" ./pkg/kernel
 go build -o "$work/testsummary" ./scripts/testsummary
@@ -110,6 +113,7 @@ for ((i = 0; i < parts; i++)); do
 	[ -n "${WGCNI_SHORT:-}" ] || start linux-6.12 "e2e-$((i + 1))" test/e2e e2e "$(names "$tests")"
 done
 [ -z "${WGCNI_SHORT:-}" ] || start linux-6.12 core test/e2e e2e "$(names "$core $moves")"
+start linux-7.2 operate test/operate operate "$(names "$operate")"
 start debian kernel pkg/kernel kernel "$(names "$coreKernel")"
 start linux-7.2 kernel pkg/kernel kernel-race
 start linux-6.12 kernel pkg/kernel kernel # which has no room for the race detector's memory

@@ -28,6 +28,7 @@ type Container struct {
 	Writable     bool              // the root can be written to
 	UID          int
 	Mounts       []ContainerMount // in order
+	Devices      []string         // beside those that every container has
 }
 
 // ContainerMount is a volumeMount with its volume.
@@ -50,7 +51,9 @@ func (m *Machine) Contain(ctx context.Context, c Container) (*exec.Cmd, error) {
 		return nil, err
 	}
 	spec, err := json.Marshal(c)
-	return m.Command(ctx, self, containerArg, "runtime", string(spec)), err
+	cmd := m.Command(ctx, self, containerArg, "runtime", string(spec))
+	cmd.Env = append(cmd.Env, "GORACE=atexit_sleep_ms=0") // else it ends a second late
+	return cmd, err
 }
 
 // beContainer never returns if the process was started as a part of a container.
@@ -145,8 +148,7 @@ func (c Container) makeRoot() error {
 	return mount("", "/", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
 }
 
-// fillRoot puts the image there, and what every runtime adds. A program that the
-// container has no image for is bound as well.
+// fillRoot puts the image there, and what every runtime adds.
 func (c Container) fillRoot() error {
 	for inside, file := range c.Image {
 		if err := bindFile(file, newRoot+inside); err != nil {
@@ -160,9 +162,7 @@ func (c Container) fillRoot() error {
 			}
 		}
 	}
-	// /dev/net/tun is no part of a container. The kernel of this machine may have
-	// no WireGuard, and a userspace tunnel is what takes its place here.
-	for _, device := range []string{"/dev/null", "/dev/zero", "/dev/urandom", "/dev/net/tun"} {
+	for _, device := range append([]string{"/dev/null", "/dev/zero", "/dev/urandom"}, c.Devices...) {
 		if err := bindFile(device, newRoot+device); err != nil {
 			return err
 		}

@@ -48,7 +48,7 @@ type ContainerdOptions struct {
 // kubelet does it. Its pods are sandboxes without containers; runc runs them, in
 // control groups of the node's own.
 type Containerd struct {
-	*Process // nil while it is stopped
+	*Process // the last one that was started
 
 	node    *Node
 	options ContainerdOptions
@@ -70,14 +70,25 @@ func (n *Node) StartContainerd(ctx context.Context, o ContainerdOptions) (*Conta
 			return nil, fmt.Errorf("start containerd on %s: %w", n.Name, err)
 		}
 	}
-	return c, c.Start(ctx)
+	if err := c.Start(ctx); err != nil {
+		return nil, err
+	}
+	if err := writePauseImage(n.Path(containerdImage), filepath.Join(n.cluster.BinDir, "containerd", "pause")); err != nil {
+		return nil, err
+	}
+	_, err := n.Run(ctx, "ctr", "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", containerdImage)
+	return c, err
 }
 
 // Start starts a containerd that was stopped, killed, or whose node was rebooted.
 func (c *Containerd) Start(ctx context.Context) error {
 	ctx, cancel := withDefaultTimeout(ctx, time.Minute)
 	defer cancel()
-	if err := c.start(ctx); err != nil {
+	err := c.start(ctx)
+	if err != nil && c.Process != nil {
+		err = fmt.Errorf("%w; its log:\n%s", err, c.Log)
+	}
+	if err != nil {
 		return fmt.Errorf("start containerd on %s: %w", c.node.Name, err)
 	}
 	return nil
@@ -92,10 +103,14 @@ func (c *Containerd) start(ctx context.Context) (err error) {
 	}
 	command := []string{"containerd", "--config", containerdConfig}
 	if dir := c.options.Dir; dir != "" { // the shim is found by PATH
+		command[0] = filepath.Join(dir, command[0])
 		command = append([]string{"env", strings.Replace(searchPath, "=", "="+dir+":", 1)}, command...)
 	}
 	if c.Process, err = c.node.startGrouped(command[0], command[1:]...); err != nil {
 		return err
+	}
+	if c.client != nil {
+		_ = c.client.Close() // for the socket of before a reboot
 	}
 	if c.client, err = grpc.NewClient("unix:"+c.node.Path(containerdSocket),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -103,29 +118,25 @@ func (c *Containerd) start(ctx context.Context) (err error) {
 	); err != nil {
 		return err
 	}
-	err = Poll(ctx, "containerd to answer", func() error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
 		select {
 		case <-c.Done():
-			return fmt.Errorf("it has ended: %s", c.Log)
-		default:
+			cancel(errors.New("it has ended"))
+		case <-ctx.Done():
 		}
+	}()
+	return Poll(ctx, "containerd to answer", func() error {
 		_, err := c.runtime().Version(ctx, &cri.VersionRequest{})
-		return err
+		return errors.Join(err, context.Cause(ctx))
 	})
-	if err != nil {
-		return err
-	}
-	if err := writePauseImage(c.node.Path(containerdImage), filepath.Join(c.node.cluster.BinDir, "containerd", "pause")); err != nil {
-		return err
-	}
-	_, err = c.node.Run(ctx, "ctr", "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", containerdImage)
-	return err
 }
 
 // config is in a version that containerd 1.6 to 2.4 read. The host's /opt, which
-// the machines share, is kept out of it. The snapshotter is
-// the one that needs nothing of the file system below; without CAP_SYS_RESOURCE
-// nobody may have a lower oom_score_adj than his parent.
+// the machines share, is kept out of it. The snapshotter is the one that needs
+// nothing of the file system below; without CAP_SYS_RESOURCE nobody may have a
+// lower oom_score_adj than his parent.
 func (c *Containerd) config() string {
 	return fmt.Sprintf(`version = 2
 [plugins."io.containerd.internal.v1.opt"]

@@ -184,9 +184,8 @@ func TestKilledHarnessLeavesNothing(t *testing.T) {
 
 func cgroupExists(name string, want bool) error {
 	return withCgroups(func(root string) error {
-		_, err := os.Stat(filepath.Join(root, name, "runtime"))
-		if (err == nil) != want {
-			return fmt.Errorf("control group %s: %v", name, err)
+		if _, err := os.Stat(filepath.Join(root, name, "runtime")); (err == nil) != want {
+			return fmt.Errorf("control group %s: there %v, want %v", name, err == nil, want)
 		}
 		return nil
 	})

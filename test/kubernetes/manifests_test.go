@@ -149,6 +149,27 @@ func TestFaultsAreFound(t *testing.T) {
 	}
 }
 
+// uninstall.yaml is an update of the DaemonSet that runs, which the API server
+// allows: another selector it would not.
+func TestUninstallTakesThePlace(t *testing.T) {
+	var sets []*apps.DaemonSet
+	for _, file := range []string{"wgcni.yaml", "uninstall.yaml"} {
+		all, _ := objects(t, read(t, file))
+		d := all[len(all)-1].(*apps.DaemonSet)
+		d.ResourceVersion = "1"
+		sets = append(sets, d)
+	}
+	sets[1].Spec.TemplateGeneration = sets[0].Spec.TemplateGeneration + 1 // as the API server does
+	if errs := appsvalidation.ValidateDaemonSetUpdate(sets[1], sets[0], corevalidation.PodValidationOptions{}); len(errs) > 0 {
+		t.Error(errs.ToAggregate())
+	}
+	sets[1].Spec.Selector = &metav1.LabelSelector{MatchLabels: map[string]string{"app": "wgcni"}}
+	sets[1].Spec.Template.Labels["app"] = "wgcni"
+	if errs := appsvalidation.ValidateDaemonSetUpdate(sets[1], sets[0], corevalidation.PodValidationOptions{}); len(errs) == 0 {
+		t.Error("another selector is allowed")
+	}
+}
+
 // The objects of both files fit together.
 func TestReferences(t *testing.T) {
 	all, _ := objects(t, slices.Concat(read(t, "wgcni.yaml"), []byte("\n---\n"), read(t, "config.yaml")))
@@ -306,7 +327,14 @@ func TestOverlayOfTheReadme(t *testing.T) {
 
 // What needs the same path on the node and in the container has it.
 func TestSharedPaths(t *testing.T) {
-	all, _ := objects(t, read(t, "wgcni.yaml"))
+	for _, file := range []string{"wgcni.yaml", "uninstall.yaml"} {
+		sharedPaths(t, file)
+	}
+}
+
+func sharedPaths(t *testing.T, file string) {
+	t.Helper()
+	all, _ := objects(t, read(t, file))
 	d := all[len(all)-1].(*apps.DaemonSet)
 	source := map[string]string{}
 	for _, v := range d.Spec.Template.Spec.Volumes {
@@ -318,10 +346,10 @@ func TestSharedPaths(t *testing.T) {
 		for _, m := range c.VolumeMounts {
 			path, host := source[m.Name]
 			if host && m.MountPath != path && m.MountPath != "/var"+path && m.MountPath != "/host"+path {
-				t.Errorf("%s: %s of the node is %s", c.Name, path, m.MountPath)
+				t.Errorf("%s: %s: %s of the node is %s", file, c.Name, path, m.MountPath)
 			}
 			if m.Name == "netns" && (m.MountPropagation == nil || *m.MountPropagation != core.MountPropagationMode(corev1.MountPropagationHostToContainer)) {
-				t.Errorf("%s: namespaces of new pods do not appear in %s", c.Name, m.MountPath)
+				t.Errorf("%s: %s: namespaces of new pods do not appear in %s", file, c.Name, m.MountPath)
 			}
 		}
 	}

@@ -67,7 +67,7 @@ func TestContainerdPodsBeforeWgcni(t *testing.T) {
 		if err := p.Delete(t.Context()); err != nil {
 			t.Error(err)
 		}
-		mustBeFree(t, p.Node, p.ID, 1)
+		mustBeFree(t, p.Node, p.ID)
 	}
 }
 
@@ -84,11 +84,12 @@ func TestContainerdNodeReboot(t *testing.T) {
 		if err := n.Reboot(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		skipDAD(t, n)
 		m.routesAround(t)
 		mustBeEncrypted := m.watch(t)
 		r := m.runtimes[i]
 		if err := r.Start(t.Context()); err != nil {
-			t.Fatalf("%v\n%s", err, r.Log)
+			t.Fatal(err)
 		}
 		early := m.runPod(t, i, "early")
 		cluster.ServeT(t, early)
@@ -104,7 +105,7 @@ func TestContainerdNodeReboot(t *testing.T) {
 		if len(dels) == 0 || slices.ContainsFunc(dels, func(v cluster.Verb) bool { return v.Netns != "" }) {
 			t.Errorf("%s: DELs after the reboot: %+v; want some, without netns", old, dels)
 		}
-		mustBeFree(t, old.Node, old.ID, 1)
+		mustBeFree(t, old.Node, old.ID)
 		if m.helpers[i], err = n.StartHelper(); err != nil {
 			t.Fatal(err)
 		}
@@ -131,7 +132,7 @@ func TestContainerdPodsGoWithoutHelper(t *testing.T) {
 		if err := gone.Delete(t.Context()); err != nil {
 			t.Error(err)
 		}
-		mustBeFree(t, n, gone.ID, 1)
+		mustBeFree(t, n, gone.ID)
 
 		lost := m.loseSandbox(t, i)
 		if err := m.runtimes[i].Start(t.Context()); err != nil {
@@ -140,7 +141,7 @@ func TestContainerdPodsGoWithoutHelper(t *testing.T) {
 		if err := m.runtimes[i].DeletePod(t.Context(), lost.ContainerID); err != nil {
 			t.Error(err)
 		}
-		mustBeFree(t, n, lost.ContainerID, 1)
+		mustBeFree(t, n, lost.ContainerID)
 
 		lost = m.loseSandbox(t, i)
 		if out, err := n.Run(t.Context(), "ip", "netns", "delete", filepath.Base(lost.Netns)); err != nil {

@@ -33,7 +33,6 @@ type bed struct {
 	c       *cluster.Cluster
 	a, b    *cluster.Node
 	helpers []*cluster.Process
-	closers []func()
 }
 
 func newBed(t *testing.T, o cluster.NetworkOptions) *bed {
@@ -308,7 +307,7 @@ func TestDoctorNamesNodeFaults(t *testing.T) {
 				b.startHelper(t, 0)
 				b.awaitLink(t, 0, true)
 			},
-			mend: func(t *testing.T, b *bed) {
+			mend: func(t *testing.T, _ *bed) {
 				if err := port.Close(); err != nil {
 					t.Fatal(err)
 				}

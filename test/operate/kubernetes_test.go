@@ -3,15 +3,21 @@ package operate
 import (
 	"bytes"
 	"context"
+	"debug/elf"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -21,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/pkg/identity"
+	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
@@ -169,8 +176,10 @@ func (k *kubelet) container(n *cluster.Node, c container, without ...string) clu
 			Source: k.volume(n, m.Name), Target: m.MountPath, ReadOnly: m.ReadOnly, Propagates: m.MountPropagation == "HostToContainer",
 		})
 	}
-	// Where the control socket of a userspace tunnel is; the kernel's WireGuard needs none.
-	out.Mounts = append(out.Mounts, cluster.ContainerMount{Source: "/run/wireguard", Target: "/var/run/wireguard"})
+	if !kernel.HasWireGuard() { // what a userspace tunnel needs, and no container has
+		out.Devices = []string{"/dev/net/tun"}
+		out.Mounts = append(out.Mounts, cluster.ContainerMount{Source: "/run/wireguard", Target: "/var/run/wireguard"})
+	}
 	return out
 }
 
@@ -264,7 +273,6 @@ func TestDaemonSet(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := newKubelet(t, c)
-	k.configure(etcd.Endpoints())
 	install, helper := k.pod().InitContainers[0], k.pod().Containers[0]
 
 	// Nodes as they are before: a network, and a pod that runs.
@@ -279,6 +287,14 @@ func TestDaemonSet(t *testing.T) {
 		early = append(early, p)
 		before[n] = nodeFiles(t, n)
 	}
+	// As config.yaml is, it does no harm: the secret in it is none.
+	if out, err := k.run(t.Context(), c.Nodes[0], install); err == nil || !strings.Contains(out, "/etc/wgcni-secret/secret") {
+		t.Errorf("install with the secret of config.yaml: %v\n%s", err, out)
+	}
+	if diff := cmp.Diff(before[c.Nodes[0]], nodeFiles(t, c.Nodes[0])); diff != "" {
+		t.Errorf("files of a node that nothing was installed on (-before +after):\n%s", diff)
+	}
+	k.configure(etcd.Endpoints())
 	var helpers []*cluster.Process
 	for _, n := range c.Nodes {
 		if out, err := k.run(t.Context(), n, install); err != nil {
@@ -304,6 +320,7 @@ func TestDaemonSet(t *testing.T) {
 			t.Errorf("%s: src_valid_mark is %q, %v: the container does not reach the node's sysctls\n%s", n.Name, got, err, helpers[i].Log)
 		}
 		k.probe(n, helper)
+		k.changeSecret(n)
 	}
 	// What update and deletion of the pod do.
 	for i, n := range c.Nodes {
@@ -419,6 +436,50 @@ func (k *kubelet) talk(c *cluster.Cluster, early []*cluster.Pod) {
 // probe asks what kubelet would.
 func (k *kubelet) probe(n *cluster.Node, c container) {
 	k.t.Helper()
+	for _, p := range []*probe{c.StartupProbe, c.ReadinessProbe, c.LivenessProbe} {
+		at := net.JoinHostPort(p.HTTPGet.Host, strconv.Itoa(p.HTTPGet.Port))
+		if at != cluster.HelperHTTP {
+			k.t.Errorf("%s is asked at %s, and served at %s", p.HTTPGet.Path, at, cluster.HelperHTTP)
+		}
+		if err := cluster.Poll(k.t.Context(), p.HTTPGet.Path, func() error {
+			status, body, err := n.Get(k.t.Context(), p.HTTPGet.Path)
+			if err == nil && (status < 200 || status > 399) { // what kubelet takes for success
+				err = fmt.Errorf("%d: %s", status, body)
+			}
+			return err
+		}); err != nil {
+			k.t.Error(err)
+		}
+	}
+}
+
+// changeSecret adds a secret to the Secret's, which kubelet brings to the nodes by
+// renaming, and waits until the node has it.
+func (k *kubelet) changeSecret(n *cluster.Node) {
+	k.t.Helper()
+	more, err := identity.NewSecret(time.Now())
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	want := k.objects["Secret"].StringData["secret"] + more.Reveal() + "\n"
+	for _, v := range k.pod().Volumes {
+		if v.Secret == nil {
+			continue
+		}
+		file := filepath.Join(k.volume(n, v.Name), "secret")
+		if err := errors.Join(n.WriteFile(file+".new", want, v.Secret.DefaultMode), os.Rename(n.Path(file+".new"), n.Path(file))); err != nil {
+			k.t.Fatal(err)
+		}
+	}
+	if err := cluster.Poll(k.t.Context(), "the new secret on "+n.Name, func() error {
+		got, err := n.ReadFile(cluster.SecretFile)
+		if err == nil && got != want {
+			err = errors.New("it has the old one")
+		}
+		return err
+	}); err != nil {
+		k.t.Error(err)
+	}
 }
 
 // uninstall applies the other DaemonSet.
@@ -479,4 +540,56 @@ func nodeFiles(t *testing.T, n *cluster.Node) map[string]string {
 		}
 	}
 	return out
+}
+
+// The image is built from what the Containerfile copies, and holds what the
+// manifests start.
+func TestContainerfile(t *testing.T) {
+	text, err := os.ReadFile("../../scripts/Containerfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	build, final, two := strings.Cut(string(text), "\nFROM scratch\n")
+	if !two || !strings.Contains(final, "COPY --from=build /image/ /\n") {
+		t.Fatalf("the image is not made of /image:\n%s", text)
+	}
+	source, image := t.TempDir(), t.TempDir()
+	var command string
+	for line := range strings.Lines(strings.ReplaceAll(build, "\\\n", " ")) {
+		words := strings.Fields(line)
+		if len(words) == 0 {
+			continue
+		}
+		switch words[0] {
+		case "COPY": // the last word is where to
+			for _, name := range words[1 : len(words)-1] {
+				if out, err := exec.CommandContext(t.Context(), "cp", "-r", filepath.Join("../..", name), filepath.Join(source, name)).CombinedOutput(); err != nil {
+					t.Fatalf("%s: %v: %s", line, err, out)
+				}
+			}
+		case "RUN":
+			command = strings.TrimSpace(strings.TrimPrefix(line, "RUN"))
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", strings.ReplaceAll(command, "/image", image))
+	cmd.Dir = source
+	cmd.Env = append(os.Environ(), "TARGETOS=linux", "TARGETARCH="+runtime.GOARCH, "VERSION=v1.2.3-test")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", command, err, out)
+	}
+	for _, name := range []string{"wgcni", "wgcnid"} {
+		file := filepath.Join(image, "usr/local/bin", name)
+		program, err := elf.Open(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if libraries, err := program.ImportedLibraries(); err != nil || len(libraries) > 0 {
+			t.Errorf("%s needs %q, %v: the image has no libraries", name, libraries, err)
+		}
+		program.Close()
+	}
+	out, err := exec.CommandContext(t.Context(), filepath.Join(image, "usr/local/bin/wgcnid"), "version").Output()
+	if err != nil || !strings.Contains(string(out), "v1.2.3-test") {
+		t.Errorf("it is %s, %v", out, err)
+	}
 }

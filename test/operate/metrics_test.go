@@ -169,7 +169,10 @@ func TestMetricsOfFaults(t *testing.T) {
 
 	// The registry breaks; nothing else does.
 	aside := c.RegistryFile() + ".aside"
-	if err := errors.Join(os.Rename(c.RegistryFile(), aside), os.Mkdir(c.RegistryFile(), 0o700)); err != nil {
+	if err := cluster.Poll(t.Context(), "a folder in the registry's place", func() error {
+		// A node may write a new one in between.
+		return errors.Join(os.Rename(c.RegistryFile(), aside), os.Mkdir(c.RegistryFile(), 0o700))
+	}); err != nil {
 		t.Fatal(err)
 	}
 	awaitMetrics(t, a, func(m map[string]*dto.MetricFamily) error {

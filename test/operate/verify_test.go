@@ -49,7 +49,7 @@ func TestVerifyEncrypted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer stream.Stop() //nolint:errcheck // it is only there to be in the way
+	defer stream.Stop() // it is only there to be in the way
 	for _, n := range c.Nodes {
 		v := runVerify(t, c, n, "--count", "7")
 		if !v.Encrypted || len(v.Peers) != 2 || !strings.HasPrefix(v.From, "pod ") {
