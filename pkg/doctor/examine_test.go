@@ -15,6 +15,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/containerd"
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/probe"
@@ -47,7 +48,7 @@ func wellFacts() Facts {
 	return Facts{
 		Now: now, Version: "v1", Config: config.Config{NodeName: "a", Settings: settings, RunDir: "/run/wgcni", StateDir: "/var/lib/wgcni", SecretFile: "/etc/wgcni/secret"},
 		Chain: Chains{
-			Dir: "/etc/cni/net.d", BinDir: "/opt/cni/bin", PluginVersion: "v1", Containerd: Containerd{MaxConfNum: -1},
+			Dir: "/etc/cni/net.d", BinDir: "/opt/cni/bin", PluginVersion: "v1", Containerd: containerd.Config{MaxConfNum: -1},
 			Files: []ChainFile{{Name: "10-pods.conflist", Network: "pods", Plugins: []string{"bridge", "wgcni", "portmap"}}},
 		},
 		Helper: Helper{Running: true, Report: &reconcile.Report{At: now}},
@@ -112,7 +113,7 @@ func TestExamine(t *testing.T) {
 		{"plugin of another version", func(f *Facts) { f.Chain.PluginVersion = "v0" }, "version", Warn, "v0", "wgcnid install"},
 		{"plugin that is none", func(f *Facts) { f.Chain.PluginError = errors.New("it is another program") }, "version", Fail, "another program", "wgcnid install"},
 		{"several networks", func(f *Facts) {
-			f.Chain.Containerd = Containerd{File: "/etc/containerd/config.toml", MaxConfNum: 0}
+			f.Chain.Containerd = containerd.Config{File: "/etc/containerd/config.toml", MaxConfNum: 0}
 			f.Chain.Install = &Installed{Stage: "installed", Mode: "copy", Source: "10-x.conflist", Target: "10-pods.conflist"}
 		}, "conflist", Fail, "max_conf_num = 0", "--in-place"},
 		{"another folder", func(f *Facts) { f.Chain.Containerd.ConfDir = "/etc/other" }, "conflist", Warn, "/etc/other", "--cni-dir /etc/other"},
@@ -292,7 +293,7 @@ func TestGatherChains(t *testing.T) {
 	if want := []string{"bridge"}; !slices.Equal(c.Missing, want) || c.PluginVersion != "v7" || c.PluginError != nil || c.BinDir != bin {
 		t.Errorf("missing %v, plugin %q %v, folder %s", c.Missing, c.PluginVersion, c.PluginError, c.BinDir)
 	}
-	if want := (Containerd{File: file, MaxConfNum: 3, ConfDir: "/etc/x", BinDir: "/opt/x"}); c.Containerd != want {
+	if want := (containerd.Config{File: file, MaxConfNum: 3, ConfDir: "/etc/x", BinDir: "/opt/x"}); c.Containerd != want {
 		t.Errorf("containerd %+v, want %+v", c.Containerd, want)
 	}
 	if c.Install == nil || c.Install.Mode != "copy" {

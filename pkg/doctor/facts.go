@@ -7,6 +7,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/containerd"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/probe"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -46,8 +47,8 @@ type Chains struct {
 	// PluginVersion is the wgcni binary's; PluginError says why it has none.
 	PluginVersion string
 	PluginError   error
-	Install       *Installed // nil: not by `wgcnid install`
-	Containerd    Containerd
+	Install       *Installed        // nil: not by `wgcnid install`
+	Containerd    containerd.Config // as far as it is readable
 }
 
 // ChainFile is one network configuration.
@@ -68,14 +69,6 @@ type Installed struct {
 	Plugin struct {
 		Path string `json:"path"`
 	} `json:"plugin"`
-}
-
-// Containerd is its configuration, as far as it is readable.
-type Containerd struct {
-	File       string // "": there is none
-	MaxConfNum int    // -1: not set
-	ConfDir    string // "": not set
-	BinDir     string // "": not set
 }
 
 // Helper is `wgcnid run`.

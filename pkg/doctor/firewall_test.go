@@ -270,6 +270,7 @@ func randomTable(r *rand.Rand, port int) string {
 // Whatever iptables-save prints, it is read.
 func FuzzParseSave(f *testing.F) {
 	f.Add("*filter\n:INPUT DROP [0:0]\n-A INPUT -p udp -m udp --dport 1:2 ! -s 192.0.2.0/24 -m comment --comment \"a b\" -j X\nCOMMIT\n")
+	f.Add("*filter\n:-A\n-A \n")
 	f.Add("*filter\n:A\n-A A !\n-A A -j\n-A\n-A A --dports ,:,9")
 	f.Fuzz(func(_ *testing.T, text string) {
 		rules := Ruleset{Chains: parseSave("ip", text)}

@@ -10,25 +10,22 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/containerd"
 )
-
-const defaultBinDir = "/opt/cni/bin"
 
 // containerdFile is where containerd reads its configuration; it is a variable of
 // the tests.
-var containerdFile = "/etc/containerd/config.toml"
+var containerdFile = containerd.File
 
 // GatherChains looks at the CNI folder, which needs no working configuration. With
 // an empty binDir it is found.
 func GatherChains(ctx context.Context, dir, binDir string, c config.Config) Chains {
-	out := Chains{Dir: dir, Containerd: readContainerd(containerdFile)}
+	out := Chains{Dir: dir, Containerd: containerd.Read(containerdFile)}
 	entries, err := os.ReadDir(dir)
 	out.DirError = err
 	for _, e := range entries { // sorted by name, as libcni's ConfFiles and its callers have them
@@ -46,7 +43,7 @@ func GatherChains(ctx context.Context, dir, binDir string, c config.Config) Chai
 			installed = filepath.Dir(record.Plugin.Path)
 		}
 	}
-	out.BinDir = cmp.Or(binDir, installed, out.Containerd.BinDir, defaultBinDir)
+	out.BinDir = cmp.Or(binDir, installed, out.Containerd.BinDir, containerd.DefaultBinDir)
 	if ours := out.ours(); ours != nil {
 		for _, plugin := range ours.Plugins {
 			if info, err := os.Stat(filepath.Join(out.BinDir, plugin)); err != nil || !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
@@ -128,30 +125,4 @@ func pluginVersion(ctx context.Context, path string) (string, error) {
 func firstLine(s string) string {
 	line, _, _ := strings.Cut(strings.TrimSpace(s), "\n")
 	return line
-}
-
-var (
-	maxConfNum = regexp.MustCompile(`(?m)^\s*max_conf_num\s*=\s*(\d+)`)
-	confDir    = regexp.MustCompile(`(?m)^\s*conf_dir\s*=\s*["']([^"']*)["']`)
-	binDirs    = regexp.MustCompile(`(?m)^\s*bin_dir\s*=\s*["']([^"']*)["']`)
-)
-
-// readContainerd takes from its TOML the three keys that matter, which are in no
-// other section.
-func readContainerd(path string) Containerd {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return Containerd{MaxConfNum: -1}
-	}
-	find := func(r *regexp.Regexp) string {
-		if m := r.FindSubmatch(text); m != nil {
-			return string(m[1])
-		}
-		return ""
-	}
-	c := Containerd{File: path, MaxConfNum: -1, ConfDir: find(confDir), BinDir: find(binDirs)}
-	if n, err := strconv.Atoi(find(maxConfNum)); err == nil {
-		c.MaxConfNum = n
-	}
-	return c
 }

@@ -68,7 +68,10 @@ func parseSave(family, text string) (out []Chain) {
 			})
 		case strings.HasPrefix(line, "-A "):
 			words := splitWords(line)
-			if i, ok := index[words[min(1, len(words)-1)]]; ok {
+			if len(words) < 2 {
+				continue
+			}
+			if i, ok := index[words[1]]; ok {
 				out[i].Rules = append(out[i].Rules, parseRule(words[2:], line))
 			}
 		}

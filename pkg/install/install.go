@@ -181,9 +181,25 @@ func (p *Plan) note(f folder, c config.Config, had *Record) {
 // already is left alone, and the plan is then empty. A process that is killed
 // leaves a node on which pods start; the next Install, or the keeper, completes it.
 func Install(ctx context.Context, o Options) (Plan, error) {
-	if err := o.await(ctx); err != nil {
-		return Plan{}, err
+	waiting := ctx
+	if o.Wait > 0 {
+		var cancel context.CancelFunc
+		waiting, cancel = context.WithTimeout(ctx, o.Wait)
+		defer cancel()
 	}
+	for {
+		if err := o.await(waiting); err != nil {
+			return Plan{}, err
+		}
+		// It may be half written again by now.
+		if p, err := o.install(ctx); !errors.Is(err, ErrUnready) || waiting.Err() != nil {
+			return p, err
+		}
+	}
+}
+
+// install is Install without the waiting.
+func (o Options) install(ctx context.Context) (Plan, error) {
 	c, err := config.Parse(o.Entry)
 	if err != nil {
 		return Plan{}, fmt.Errorf("the entry: %w", err)
@@ -264,11 +280,6 @@ func (p *Plan) carryOut(stateDir string) error {
 
 // await waits until there is a network configuration to chain to.
 func (o Options) await(ctx context.Context) error {
-	if o.Wait > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, o.Wait)
-		defer cancel()
-	}
 	var said time.Time
 	for begun := time.Now(); ; {
 		_, err := o.Prepare()

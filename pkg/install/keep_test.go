@@ -525,7 +525,7 @@ func TestKeepAgainstAgents(t *testing.T) {
 					})
 				}
 				var list string
-				for i := range 60 {
+				for i := range 40 {
 					list = strings.ReplaceAll(primary, "244.1.0", fmt.Sprintf("244.%d.0", i))
 					write(n, list)
 					time.Sleep(time.Duration(i%7) * 3 * time.Millisecond)
@@ -535,5 +535,45 @@ func TestKeepAgainstAgents(t *testing.T) {
 				readers.Wait()
 			})
 		}
+	}
+}
+
+// An agent that never stops writing does not keep anybody from installing in place,
+// nor from uninstalling; what it wrote last is there, whole.
+func TestAgainstAgentsInPlace(t *testing.T) {
+	n := newNode(t)
+	n.InPlace, n.Wait = true, 0
+	n.install()
+	stop, done := make(chan struct{}), make(chan string, 1)
+	go func() {
+		for i := 0; ; i++ {
+			list := strings.ReplaceAll(primary, "244.1.0", fmt.Sprintf("244.%d.0", i%200))
+			if i%2 == 0 {
+				half := len(list) / 2
+				n.write("cni/10-pods.conflist", list[:half])
+				time.Sleep(time.Millisecond)
+			}
+			n.write("cni/10-pods.conflist", list)
+			select {
+			case <-stop:
+				done <- list
+				return
+			case <-time.After(time.Duration(i%5) * 4 * time.Millisecond):
+			}
+		}
+	}()
+	for range 15 {
+		n.install()
+		m, err := BeginRemoval(t.Context(), n.state)
+		n.must(err)
+		_, err = m.TakeOut(t.Context())
+		n.must(err)
+		n.must(m.Close())
+	}
+	close(stop)
+	last := <-done
+	n.uninstall(true)
+	if got := n.read("cni/10-pods.conflist"); got != last {
+		t.Errorf("%s", got)
 	}
 }

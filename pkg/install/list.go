@@ -292,6 +292,11 @@ func Entry(text []byte) ([]byte, error) {
 	if _, ok := keys["plugins"]; ok {
 		return nil, errors.New("it is a whole conflist: give the wgcni entry alone")
 	}
+	for key := range keys {
+		if key != "type" && strings.EqualFold(key, "type") { // which libcni takes for it
+			return nil, fmt.Errorf("its key %q has to be \"type\"", key)
+		}
+	}
 	if _, ok := keys["type"]; !ok {
 		rest := bytes.TrimLeft(text[1:], " \t\r\n")
 		comma := ", "

@@ -207,6 +207,52 @@ func FuzzInsert(f *testing.F) {
 	})
 }
 
+// The list around a single plugin has the plugin as it is, its name and version.
+func FuzzWrap(f *testing.F) {
+	for _, seed := range []string{
+		`{"cniVersion":"0.3.1","name":"n","type":"ptp"}`, " {\n\"name\": \"\\u0000\", \"type\": \"x\"}\n", `{"name":"a","NAME":"b","type":"x","name":"c"}`, `{"type":"x","cniVersion":null}`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, x []byte) {
+		y, err := Wrap(x)
+		if err != nil {
+			return
+		}
+		l, err := scan(y)
+		if err != nil {
+			if bytes.Contains([]byte(err.Error()), []byte(`no "name"`)) {
+				return
+			}
+			t.Fatalf("%q became %q: %v", x, y, err)
+		}
+		if len(l.plugins) != 1 || !bytes.Equal(l.plugins[0].of(y), bytes.TrimSpace(x)) {
+			t.Fatalf("%q became %q", x, y)
+		}
+	})
+}
+
+// An entry is the object that was given, of the type wgcni.
+func FuzzEntry(f *testing.F) {
+	for _, seed := range []string{`{}`, "{\n}", `{"mtu":1400}`, "{\r\n\t\"mtu\": 1400\r\n}\n", `{"type":"wgcni"}`, `{"Type":"x"}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, x []byte) {
+		y, err := Entry(x)
+		if err != nil {
+			return
+		}
+		if typeOf(y) != "wgcni" {
+			t.Fatalf("%q became %q", x, y)
+		}
+		want := value(t, x)
+		want["type"] = "wgcni"
+		if diff := cmp.Diff(want, value(t, y)); diff != "" {
+			t.Fatalf("%q (-want +got):\n%s", x, diff)
+		}
+	})
+}
+
 func value(t *testing.T, text []byte) (v map[string]any) {
 	t.Helper()
 	d := json.NewDecoder(bytes.NewReader(text))

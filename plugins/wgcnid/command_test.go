@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/pkg/config"
@@ -67,6 +68,11 @@ func TestHelp(t *testing.T) {
 		if example := "  wgcnid " + path; !strings.Contains(help, "Examples:\n") || !strings.Contains(help, example) {
 			t.Errorf("the help of %s has no example:\n%s", path, help)
 		}
+		cmd.Flags().VisitAll(func(f *pflag.Flag) {
+			if strings.Contains(f.Usage, "`") { // cobra takes what is quoted so for the value's name
+				t.Errorf("%s --%s: %s", path, f.Name, f.Usage)
+			}
+		})
 		for line := range strings.Lines(cmd.Long) {
 			if len(line) > 85 {
 				t.Errorf("%s: more than 84 columns: %s", path, line)

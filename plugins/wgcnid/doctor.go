@@ -57,7 +57,7 @@ The exit status is 1 if something fails.`,
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.Flags().BoolVar(&quick, "quick", false, "send nothing")
-	cmd.Flags().StringVar(&binDir, "bin-dir", "", "folder of the CNI plugins (default: where `wgcnid install` put wgcni, else containerd's, else /opt/cni/bin)")
+	cmd.Flags().StringVar(&binDir, "bin-dir", "", "folder of the CNI plugins (default: where install put wgcni, else containerd's, else /opt/cni/bin)")
 	return cmd
 }
 

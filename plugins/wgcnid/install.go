@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/containerd"
 	"github.com/wgcni/wgcni/pkg/install"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -85,9 +87,9 @@ primary plugin's agent to write it. --dry-run shows what would be changed.`,
 	flags.StringVar(&f.entry, "entry", "", "file with the wgcni entry; - is standard input (default: the one that is installed)")
 	flags.StringVar(&f.conflist, "conflist", "", "network configuration to chain wgcni to (default: the first in --cni-dir)")
 	flags.BoolVar(&f.inPlace, "in-place", false, "insert the entry into the network configuration itself, instead of a copy")
-	flags.StringVar(&f.binDir, "bin-dir", "", "folder of the CNI plugins (default: where it is installed, else /opt/cni/bin)")
+	flags.StringVar(&f.binDir, "bin-dir", "", "folder of the CNI plugins (default: where it is installed, else containerd's, else /opt/cni/bin)")
 	flags.StringVar(&f.plugin, "plugin", "", "the plugin's binary (default: the file wgcni beside wgcnid's own)")
-	flags.StringVar(&f.secret, "secret", "", "file with the cluster secret, to be copied to the entry's \"clusterSecretFile\"; `wgcnid run` follows its changes")
+	flags.StringVar(&f.secret, "secret", "", "file with the cluster secret, to be copied to the entry's \"clusterSecretFile\"; wgcnid follows its changes")
 	flags.DurationVar(&f.wait, "wait", 0, "how long to wait for a network configuration at most; 0: for ever")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "show what would be changed, as a diff, and change nothing")
 	return cmd
@@ -138,7 +140,7 @@ func (f installFlags) options(o *options) (at install.Options, err error) {
 		at.InPlace = had.Mode == install.InPlace
 	}
 	if f.binDir == "" {
-		f.binDir = "/opt/cni/bin"
+		f.binDir = cmp.Or(containerd.Read(containerd.File).BinDir, containerd.DefaultBinDir)
 		if had.Plugin.Path != "" {
 			f.binDir = filepath.Dir(had.Plugin.Path)
 		}

@@ -30,7 +30,8 @@ func leaveCommand(o *options) *cobra.Command {
 tunnel, its routes and its filters. Remove the wgcni entry from the network
 configuration first: as long as it is there, each new pod is given the filters
 again, and cluster traffic that cannot be encrypted is dropped. leave then goes
-by the configuration that wgcnid ran with last.
+by the configuration that wgcnid ran with last. Where ` + "`wgcnid install`" + ` put wgcni,
+run ` + "`wgcnid uninstall`" + ` instead, which does all of it.
 
 The node's key stays, so that it can join again as the same node; --purge
 deletes it too, with all else in "stateDir".

@@ -42,9 +42,9 @@ peer has in the tunnel, from a pod of this node where there is one, with a rando
 marker in each packet, and looks at all interfaces meanwhile:
 
   in the tunnel  packets with the marker on the WireGuard interface: they entered it
-  in the clear   packets with the marker on any other interface; must be 0
+  in the clear   packets with the marker on an interface to the network; must be 0
   wireguard      WireGuard's packets to and from the peer's endpoint
-  answers        the peer has decrypted them, and its answers came back this way
+  answers        the peer has decrypted them, and its answers came back
 
 It may run while there is other traffic, and changes nothing. The exit status is 1
 if something was in the clear, or if nothing could be shown.`,

@@ -14,14 +14,19 @@ import (
 // PauseImage is the name of the image that sandboxes are made of.
 const PauseImage = "wgcni.test/pause:1"
 
-// writePauseImage writes an image of one static binary, as an archive of OCI's
-// image layout: https://github.com/opencontainers/image-spec/blob/v1.1.1/image-layout.md
+// writePauseImage writes an image of one static binary.
 func writePauseImage(archive, binary string) error {
 	program, err := os.ReadFile(binary)
 	if err != nil {
 		return fmt.Errorf("make the pause image (`make containerd` builds what is in it): %w", err)
 	}
-	layer, err := tarOf(file{"pause", 0o755, program})
+	return writeImage(archive, PauseImage, "/pause", file{"pause", 0o755, program})
+}
+
+// writeImage writes an image of these files, as an archive of OCI's image layout:
+// https://github.com/opencontainers/image-spec/blob/v1.1.1/image-layout.md
+func writeImage(archive, name, entrypoint string, content ...file) error {
+	layer, err := tarOf(content...)
 	if err != nil {
 		return err
 	}
@@ -37,14 +42,14 @@ func writePauseImage(archive, binary string) error {
 	platform := map[string]any{"architecture": runtime.GOARCH, "os": "linux"}
 	config := blob(oci+"config.v1+json", mustJSON(map[string]any{
 		"architecture": runtime.GOARCH, "os": "linux",
-		"config": map[string]any{"Entrypoint": []string{"/pause"}},
+		"config": map[string]any{"Entrypoint": []string{entrypoint}},
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []any{rootfs["digest"]}},
 	}))
 	manifest := blob(oci+"manifest.v1+json", mustJSON(map[string]any{
 		"schemaVersion": 2, "mediaType": oci + "manifest.v1+json", "config": config, "layers": []any{rootfs},
 	}))
 	manifest["platform"] = platform
-	manifest["annotations"] = map[string]string{"io.containerd.image.name": PauseImage}
+	manifest["annotations"] = map[string]string{"io.containerd.image.name": name}
 	files = append(files, file{"index.json", 0o644, mustJSON(map[string]any{"schemaVersion": 2, "manifests": []any{manifest}})})
 	image, err := tarOf(files...)
 	if err != nil {

@@ -100,6 +100,11 @@ func mountAll(spec initSpec) error {
 	if err := overlay(spec.Scratch, "/etc", "/var/lib"); err != nil {
 		return err
 	}
+	// A mount of the host's that lay hidden under ours would still be found in
+	// mountinfo, and taken for what is there.
+	if err := unix.Unmount("/run/netns", unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount /run/netns: %w", err)
+	}
 	if err := mount("run", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755"); err != nil {
 		return err
 	}
