@@ -1,6 +1,8 @@
 package doctor
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -9,6 +11,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/registry"
 )
 
@@ -103,6 +106,10 @@ func checkConflicts(f Facts) Check {
 	if len(found) == 0 {
 		return t.ok("none")
 	}
+	if f.alone() {
+		return t.fail("no record of another node is sealed with a secret that this node has: it is this one that has the wrong secret, or an old one",
+			fmt.Sprintf("copy %s from another node, see `wgcnid secret --help`; wgcnid takes it up within seconds", cmp.Or(f.Files.SecretPath, "the cluster secret")))
+	}
 	slices.Sort(found)
 	const most = 5
 	text := strings.Join(found[:min(len(found), most)], "; ")
@@ -110,6 +117,22 @@ func checkConflicts(f Facts) Check {
 		text += fmt.Sprintf("; and %d more", more)
 	}
 	return t.warn(text, "`wgcnid nodes` lists them; a machine that is gone for good: `wgcnid forget NAME`; without the right secret: `wgcnid secret --help`")
+}
+
+// alone reports whether this node has another secret than all others.
+func (f Facts) alone() bool {
+	strangers := 0
+	for name, err := range f.Mesh.Fresh.Invalid {
+		if name != f.Config.NodeName && errors.Is(err, identity.ErrUnknownSecret) {
+			strangers++
+		}
+	}
+	for name, r := range f.Mesh.Fresh.Nodes {
+		if name != f.Config.NodeName && !r.Left {
+			return false
+		}
+	}
+	return strangers > 0
 }
 
 // manyAhead is how far clocks may differ: NTP keeps them within far less.

@@ -57,7 +57,7 @@ func checkFirewall(f Facts) Check {
 			}
 			switch fate := f.Rules.Judge(p, HookInput); fate.Dropped {
 			case Yes:
-				return t.fail(fmt.Sprintf("dropped by %s", fate), fate.letIn(port))
+				return f.shutOut(t, p, fate)
 			case Maybe:
 				doubt = fate.String()
 			}
@@ -76,6 +76,20 @@ func checkFirewall(f Facts) Check {
 		return t.note(fmt.Sprintf("may be dropped, depending on what cannot be told from here, by %s", doubt), "see the handshakes below: if there are some, it is not")
 	}
 	return t.ok(fmt.Sprintf("nothing drops it (%d chains)", len(f.Rules.Chains)))
+}
+
+// shutOut tells a firewall that lets answers in from one that lets in nothing: behind
+// the former all is well for as long as this node has called, and not for longer.
+func (f Facts) shutOut(t topic, p Packet, fate Fate) Check {
+	answer := p
+	answer.State = stateEstablished
+	switch answersPass := f.Rules.Judge(answer, HookInput).Dropped == No; {
+	case !answersPass:
+		return t.fail(fmt.Sprintf("dropped by %s", fate), fate.letIn(f.Config.ListenPort))
+	case f.Config.Keepalive > 0:
+		return t.warn(fmt.Sprintf("answers get in, and a peer that calls first is dropped by %s; the keepalive of %s hides it mostly", fate, f.Config.Keepalive), fate.letIn(f.Config.ListenPort))
+	}
+	return t.fail(fmt.Sprintf("answers get in, and a peer that calls first is dropped by %s: what works now stops when nothing was sent for a while", fate), fate.letIn(f.Config.ListenPort))
 }
 
 // uplinks may be unknown: then rules for a certain interface may match or not.

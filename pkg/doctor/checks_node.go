@@ -84,7 +84,11 @@ func checkWireGuard(f Facts) Check {
 		return t.warn("userspace WireGuard runs it, though this kernel has WireGuard: slower than need be",
 			fmt.Sprintf("`ip link delete %s`: wgcnid makes it anew within seconds, in the kernel", name))
 	case f.Tunnel.Kind == "tuntap":
-		return t.note(fmt.Sprintf("userspace WireGuard, process %d, MTU %d: this kernel has none", f.Tunnel.PID, l.MTU), "the kernel's is faster: a kernel with CONFIG_WIREGUARD, 5.6 or later")
+		process := fmt.Sprintf("process %d", f.Tunnel.PID)
+		if f.Tunnel.PID == 0 {
+			process = "in a process that cannot be seen from here"
+		}
+		return t.note(fmt.Sprintf("userspace WireGuard, %s, MTU %d: this kernel has none", process, l.MTU), "the kernel's is faster: a kernel with CONFIG_WIREGUARD, 5.6 or later")
 	}
 	return t.ok(fmt.Sprintf("the kernel's WireGuard, up, MTU %d", l.MTU))
 }

@@ -1,10 +1,12 @@
 package doctor
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/wgcni/wgcni/pkg/mesh"
+	"github.com/wgcni/wgcni/pkg/probe"
 )
 
 // manyPeers is how many peers that are well have a line each.
@@ -53,6 +55,10 @@ func checkPeer(f Facts, p Peer) Check {
 		return t.fail("it is not in the kernel", "see \"Kernel as planned\"")
 	case p.Echo.Answered:
 		return t.ok(fmt.Sprintf("answers in %s from %s; %s", p.Echo.RTT.Round(10*time.Microsecond), p.Have.Endpoint, handshakeText(p.Have, f.Now)))
+	case errors.Is(p.Echo.Err, probe.ErrNoSocket):
+		c := checkHandshake(f, t, p, fresh)
+		c.Found += " (no ping was sent: " + p.Echo.Err.Error() + ")"
+		return c
 	case f.Quick, !p.Address.IsValid():
 		return checkHandshake(f, t, p, fresh)
 	case fresh && p.Have.ReceiveBytes > p.Before.ReceiveBytes:

@@ -187,6 +187,13 @@ func TestExamine(t *testing.T) {
 		{"old iptables", func(f *Facts) {
 			f.Rules.Chains = parseSave("ip", "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p udp -m udp --dport 51820 -j DROP\n")
 		}, "firewall", Fail, "iptables-legacy table filter, chain INPUT: -A INPUT -p udp", "`iptables-legacy -t filter -I INPUT -p udp --dport 51820 -j ACCEPT`"},
+		{"answers only", func(f *Facts) {
+			f.Rules.Chains = parseSave("ip", "*filter\n:INPUT DROP [0:0]\n-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n")
+		}, "firewall", Fail, "answers get in, and a peer that calls first is dropped by iptables-legacy table filter, chain INPUT: policy drop", "-I INPUT -p udp --dport 51820 -j ACCEPT"},
+		{"answers only, and a keepalive", func(f *Facts) {
+			f.Config.Keepalive = 25 * time.Second
+			f.Rules.Chains = parseSave("ip", "*filter\n:INPUT DROP [0:0]\n-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n")
+		}, "firewall", Warn, "the keepalive of 25s", "--dport 51820"},
 		{"what is sent", func(f *Facts) {
 			f.Rules.Chains = parseSave("ip", "*filter\n:OUTPUT DROP [0:0]\n-A OUTPUT -p tcp -j ACCEPT\n")
 		}, "firewall", Fail, "what WireGuard sends", "--sport 51820"},

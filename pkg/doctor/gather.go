@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +45,9 @@ const (
 	registryPatience = 5 * time.Second
 	settlePatience   = 3 * time.Second // for the helper to mend what differs
 	settlePause      = 200 * time.Millisecond
+	// noticePatience is for the helper to notice what has been changed in its files,
+	// which it reads again every ten seconds.
+	noticePatience = 12 * time.Second
 )
 
 // Gather looks at all there is. What cannot be looked at is a fact too, so that
@@ -130,7 +134,11 @@ func gatherPlan(ctx context.Context, s Sources, f Facts) Plan {
 		Config: s.Config, Kernel: s.Kernel, Known: f.Mesh.Known, Key: f.Mesh.Key,
 		Pairs: identity.NewPairs(f.Mesh.Key, s.Trust.Secrets), Context: mesh.Context{Now: f.Now},
 	}
-	for deadline := time.Now().Add(settlePatience); ; {
+	patience := settlePatience
+	if changedLately(f.Now, s.Config.SecretFile, s.CNIDir, identity.Path(s.Config.StateDir)) {
+		patience = noticePatience
+	}
+	for deadline := time.Now().Add(patience); ; {
 		var o reconcile.Outcome
 		if o, p.Error = pass.Compare(ctx); p.Error == nil {
 			if s.TrustError != nil { // which keys there should be is not known
@@ -148,6 +156,15 @@ func gatherPlan(ctx context.Context, s Sources, f Facts) Plan {
 		}
 		pass.Context.Now = time.Now()
 	}
+}
+
+// changedLately reports whether a file or folder is so young that the helper may not
+// have seen it.
+func changedLately(now time.Time, paths ...string) bool {
+	return slices.ContainsFunc(paths, func(path string) bool {
+		info, err := os.Stat(path)
+		return err == nil && now.Sub(info.ModTime()).Abs() < noticePatience
+	})
 }
 
 func keepPresharedKeys(o *reconcile.Outcome, c mesh.Context) {

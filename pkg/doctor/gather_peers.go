@@ -3,6 +3,7 @@ package doctor
 import (
 	"cmp"
 	"context"
+	"errors"
 	"net/netip"
 	"slices"
 	"sync"
@@ -67,7 +68,7 @@ func awaitKeepalive(ctx context.Context, k *kernel.Kernel, peers []Peer, begin, 
 		}
 		waiting := slices.ContainsFunc(peers, func(p Peer) bool {
 			fresh := !p.Before.LastHandshake.IsZero() && now.Sub(p.Before.LastHandshake) < mesh.HandshakeFresh
-			return fresh && p.Address.IsValid() && !p.Echo.Answered && heard[p.Key].Received <= p.Before.ReceiveBytes
+			return fresh && p.Address.IsValid() && !p.Echo.Answered && !errors.Is(p.Echo.Err, probe.ErrNoSocket) && heard[p.Key].Received <= p.Before.ReceiveBytes
 		})
 		if !waiting {
 			return

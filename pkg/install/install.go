@@ -54,7 +54,7 @@ func (o Options) Prepare() (Plan, error) {
 		r.Mode = InPlace
 	}
 	if had != nil && had.CNIDir == o.CNIDir {
-		r.Target, r.Folders = had.Target, had.Folders
+		r.Target, r.Folders, r.Made = had.Target, had.Folders, had.Made
 	} else if had != nil {
 		return p, fmt.Errorf("wgcni is installed with --cni-dir %s: run `wgcnid uninstall` first", had.CNIDir)
 	}
@@ -66,7 +66,7 @@ func (o Options) Prepare() (Plan, error) {
 	} else if had != nil && had.Pinned {
 		r.Source, r.Pinned = had.Source, true
 	}
-	if err := o.check(c, had); err != nil {
+	if err := o.check(c); err != nil {
 		return p, err
 	}
 	f, err := readFolder(o.CNIDir, had)
@@ -82,16 +82,19 @@ func (o Options) Prepare() (Plan, error) {
 		return p, err
 	}
 	p.Changes = append(p.Changes, changes...) // the binary is there before the entry names it
+	if had != nil {
+		p.Changes = append(p.Changes, deletePlaced(had.Plugin, r.Plugin.Path)...)
+		if had.Secret != nil && c.SecretFile != had.Secret.Path {
+			p.Changes = append(p.Changes, deletePlaced(*had.Secret, c.SecretFile)...)
+		}
+	}
 	p.note(f, c, had)
 	return p, nil
 }
 
 // check finds what cannot be installed whatever the network configuration is. It
 // reads little: while that is waited for, it is called again and again.
-func (o Options) check(c config.Config, had *Record) error {
-	if to := filepath.Join(o.BinDir, config.PluginType); had != nil && to != had.Plugin.Path {
-		return fmt.Errorf("the plugin is installed as %s: run `wgcnid uninstall` first", had.Plugin.Path)
-	}
+func (o Options) check(c config.Config) error {
 	if info, err := os.Stat(o.Plugin); err != nil {
 		return fmt.Errorf("the plugin's binary: %w: name it with --plugin", err)
 	} else if !info.Mode().IsRegular() || info.Size() == 0 {
@@ -136,6 +139,22 @@ func (o Options) files(p *Plan, c config.Config, had *Record) error {
 	p.Changes = append(p.Changes, changes...)
 	p.folders = append(p.folders, filepath.Dir(c.SecretFile))
 	return nil
+}
+
+// deletePlaced deletes what an earlier run has placed elsewhere, if it is still that.
+func deletePlaced(p Placed, now string) []Change {
+	if p.Path == now || p.Found {
+		return nil
+	}
+	data, err := os.ReadFile(p.Path)
+	if err != nil || p.SHA256 != "" && hashOf(data) != p.SHA256 {
+		return nil
+	}
+	text := "is deleted: " + now + " has taken its place"
+	if now == "" {
+		text = "is deleted: the entry does not name it any more"
+	}
+	return []Change{{Path: p.Path, Old: data, Quiet: true, Text: text}}
 }
 
 func sameFile(a, b string) (bool, error) {

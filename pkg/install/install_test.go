@@ -7,12 +7,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/identity"
 )
 
 const primary = `{
@@ -155,7 +158,7 @@ func TestInstallCopy(t *testing.T) {
 	n.must(err)
 	var out bytes.Buffer
 	n.must(p.Print(&out))
-	for _, want := range []string{"--- /dev/null", "+++ " + n.path(copied), `+    {"type": "wgcni"`, "opt/bin/wgcni: is placed"} {
+	for _, want := range []string{"--- " + n.path("cni/10-pods.conflist"), "+++ " + n.path(copied), `-    { "type": "portmap" }`, `+    {"type": "wgcni"`, "opt/bin/wgcni: is placed"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("want %q in\n%s", want, &out)
 		}
@@ -280,6 +283,10 @@ func TestInstallAgain(t *testing.T) {
 			want := m.files()
 			for name := range want {
 				want[name] = strings.ReplaceAll(want[name], m.root, n.root)
+			}
+			made := regexp.MustCompile(`"made": "[0-9a-f]{64}"`) // of a text with the folder's name in it
+			for _, files := range []map[string]string{want, got} {
+				files["state/install.json"] = made.ReplaceAllString(files["state/install.json"], `"made": …`)
 			}
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("(-afresh +again):\n%s", diff)
@@ -451,6 +458,36 @@ func TestInstallNotesFolder(t *testing.T) {
 	}
 	n.uninstall(true)
 	n.same(before) // the folders that were made are gone as well
+}
+
+// The first try was with the wrong folder: the second moves the binary. So it is
+// with the place of the secret.
+func TestInstallMoves(t *testing.T) {
+	n := newNode(t)
+	secret, err := identity.NewSecret(time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC))
+	n.must(err)
+	n.write("mnt/secret", secret.Reveal()+"\n")
+	n.must(os.Chmod(n.path("mnt/secret"), 0o600))
+	before := n.files()
+	n.BinDir, n.Secret = n.path("elsewhere/bin"), n.path("mnt/secret")
+	n.Entry = n.entry(fmt.Sprintf(`, "clusterSecretFile": %q`, n.path("etc/old")))
+	n.install()
+	n.BinDir = n.path("opt/bin")
+	n.Entry = n.entry(fmt.Sprintf(`, "clusterSecretFile": %q`, n.path("etc/new")))
+	n.install()
+	n.chained(copied, primary)
+	for name, there := range map[string]bool{"elsewhere/bin/wgcni": false, "opt/bin/wgcni": true, "etc/old": false, "etc/new": true} {
+		if _, err := os.Stat(n.path(name)); (err == nil) != there {
+			t.Errorf("%s: want it there: %v: %v", name, there, err)
+		}
+	}
+	n.Entry, n.Secret = n.entry(""), ""
+	n.install()
+	if _, err := os.Stat(n.path("etc/new")); err == nil {
+		t.Error("a secret that nobody names is still there")
+	}
+	n.uninstall(true)
+	n.same(before)
 }
 
 // Two installations at once, and an uninstall: they take turns.

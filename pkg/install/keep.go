@@ -1,7 +1,6 @@
 package install
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -258,7 +257,7 @@ func keepCopy(f folder, r *Record) (out []Change, err error) {
 	}
 	target := filepath.Join(f.path, name)
 	switch now, _ := f.find(name); {
-	case bytes.Equal(now.data, want), extends(now.data, want):
+	case follows(now.data, want, r.Made):
 	case name != r.Target:
 		out = append(out, Change{Path: target, New: want, Mode: 0o644, Text: "another file has come before the copy, which gets a name that sorts first again"})
 	case !there:
@@ -267,6 +266,9 @@ func keepCopy(f folder, r *Record) (out []Change, err error) {
 		out = append(out, Change{Path: target, Old: now.data, New: want, Mode: 0o644, Text: "the copy is made anew, as its original or itself was changed"})
 	}
 	r.Target = name
+	if err == nil {
+		r.Made = hashOf(want)
+	}
 	return append(out, f.deleteCopies(name, name+" has taken its place")...), err
 }
 

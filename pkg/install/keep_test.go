@@ -35,6 +35,7 @@ func keeperOf(n *node) (*keeper, *bytes.Buffer, *time.Time) {
 func TestKeep(t *testing.T) {
 	inPlace := func(n *node) { n.InPlace = true }
 	newer := strings.ReplaceAll(primary, "244.1.0", "244.2.0")
+	fewer := strings.Replace(primary, ",\n    { \"type\": \"portmap\" }", "", 1)
 	for _, tt := range []struct {
 		name    string
 		options func(n *node)
@@ -69,6 +70,11 @@ func TestKeep(t *testing.T) {
 			n.must(err)
 			n.rename(copied, string(text))
 		}, "", "", 0},
+		{"and the source loses one", nil, func(n *node) {
+			n.write(copied, strings.Replace(n.read(copied), `{ "type": "portmap" }`, `{ "type": "portmap" }, { "type": "istio-cni" }`, 1))
+			n.write("cni/10-pods.conflist", fewer)
+		}, copied, fewer, 1},
+		{"the source loses a plugin", nil, func(n *node) { n.write("cni/10-pods.conflist", fewer) }, copied, fewer, 1},
 		{"another plugin in the place of one", nil, func(n *node) {
 			n.write(copied, strings.Replace(n.read(copied), `{ "type": "portmap" }`, `{ "type": "istio-cni" }`, 1))
 		}, copied, primary, 1},

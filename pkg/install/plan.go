@@ -2,8 +2,6 @@ package install
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -23,6 +21,9 @@ type Change struct {
 	Old  []byte // nil: it is not there
 	New  []byte // nil: it is deleted
 	Mode fs.FileMode
+	// Origin is the file that a new one is made of. The diff is then against that.
+	Origin     string
+	originData []byte
 	// Foreign files belong to another program: mode and owner stay as they are.
 	Foreign bool
 	// Quiet is content that is not shown: a binary, a secret.
@@ -52,14 +53,16 @@ func (p Plan) Print(w io.Writer) error {
 		if c.Quiet {
 			continue
 		}
-		from, to := c.Path, c.Path
-		if c.Old == nil {
+		from, to, old := c.Path, c.Path, c.Old
+		switch {
+		case c.New == nil:
+			to = os.DevNull
+		case c.Old == nil && c.Origin != "":
+			from, old = c.Origin, c.originData
+		case c.Old == nil:
 			from = os.DevNull
 		}
-		if c.New == nil {
-			to = os.DevNull
-		}
-		if _, err := w.Write(diff.Diff(from, c.Old, to, c.New)); err != nil {
+		if _, err := w.Write(diff.Diff(from, old, to, c.New)); err != nil {
 			return err
 		}
 	}
@@ -89,8 +92,7 @@ func placement(from, to string, mode fs.FileMode, had *Placed) (Placed, []Change
 	if err != nil {
 		return Placed{}, nil, err
 	}
-	sum := sha256.Sum256(data)
-	p := Placed{Path: to, From: from, SHA256: hex.EncodeToString(sum[:])}
+	p := Placed{Path: to, From: from, SHA256: hashOf(data)}
 	there, err := os.ReadFile(to)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return p, nil, err
@@ -139,7 +141,7 @@ func chain(f folder, r Record, had *Record) (Record, []Change, error) {
 	placedHere := had != nil && had.Mode == InPlace && had.Target == src.file
 	base := src.list
 	if Chains(src.list) && !placedHere {
-		r.Mode, r.Target = ByHand, src.file
+		r.Mode, r.Target, r.Made = ByHand, src.file, ""
 		return r, f.deleteCopies("", path+" has the entry itself"), nil
 	}
 	if placedHere && r.Mode == Copy {
@@ -158,7 +160,7 @@ func chain(f folder, r Record, had *Record) (Record, []Change, error) {
 		if src.single() {
 			return r, nil, fmt.Errorf("%s is the configuration of a single plugin, and nothing can be chained to it in place: install without --in-place, which makes a list of it", path)
 		}
-		r.Target = src.file
+		r.Target, r.Made = src.file, ""
 		out := f.deleteCopies("", "the entry is in "+path)
 		if bytes.Equal(want, src.data) || chainsEntry(src.data, r.Entry) {
 			return r, out, nil
@@ -189,14 +191,24 @@ func chainCopy(f folder, r Record, src network, want, base []byte) (Record, []Ch
 	target := filepath.Join(f.path, name)
 	switch now, ok := f.find(name); {
 	case !ok:
-		out = append(out, Change{Path: target, New: want, Mode: 0o644, Text: "is a copy of " + src.file + " with the entry; it sorts first, so the runtime takes it"})
-	case !extends(now.data, want):
+		out = append(out, Change{
+			Path: target, New: want, Mode: 0o644, Origin: filepath.Join(f.path, src.file), originData: src.data,
+			Text: "is a copy of " + src.file + " with the entry; it sorts first, so the runtime takes it",
+		})
+	case !follows(now.data, want, r.Made):
 		out = append(out, Change{Path: target, Old: now.data, New: want, Mode: 0o644, Text: "is made anew of " + src.file})
 	}
+	r.Made = hashOf(want)
 	if !f.copied(src) && !bytes.Equal(base, src.list) {
 		out = append(out, Change{Path: filepath.Join(f.path, src.file), Old: src.data, New: base, Foreign: true, Text: "loses the entry, which is in " + name + " now"})
 	}
 	return r, append(out, f.deleteCopies(name, name+" has taken its place")...), nil
+}
+
+// follows reports whether a copy is what it should be. Others may have added to it
+// since it was made: a plugin that its source has lost meanwhile is no such addition.
+func follows(now, want []byte, made string) bool {
+	return bytes.Equal(now, want) || hashOf(want) == made && extends(now, want)
 }
 
 // fromCopy returns what the copy was made of, where the source is away: the copy

@@ -55,6 +55,8 @@ type Record struct {
 	Pinned bool `json:"pinned,omitempty"`
 	// Target is the name of the file with the entry: the source, or its copy.
 	Target string `json:"target"`
+	// Made is the SHA-256 of the copy as it was made, in hexadecimal.
+	Made   string `json:"made,omitempty"`
 	Entry  string `json:"entry"`
 	Plugin Placed `json:"plugin"`
 	// Secret is nil where the cluster secret was not copied.

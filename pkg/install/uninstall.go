@@ -2,8 +2,6 @@ package install
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -107,12 +105,11 @@ func (m *Removal) entry() ([]Change, error) {
 func (m *Removal) files(p *Plan, purge bool) (out []Change) {
 	plugin := m.Record.Plugin
 	data, err := os.ReadFile(plugin.Path)
-	sum := sha256.Sum256(data)
 	switch {
 	case err != nil:
 	case plugin.Found:
 		p.Notes = append(p.Notes, plugin.Path+" stays: it was there before")
-	case hex.EncodeToString(sum[:]) != plugin.SHA256:
+	case hashOf(data) != plugin.SHA256:
 		p.Notes = append(p.Notes, plugin.Path+" stays: it is not the one that was placed")
 	default:
 		out = append(out, Change{Path: plugin.Path, Old: data, Quiet: true, Text: "is deleted"})

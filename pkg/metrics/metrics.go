@@ -19,7 +19,7 @@ import (
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
-// Config is what a node's metrics are made of. All fields are required.
+// Config is what a node's metrics are made of. All fields but Patience are required.
 type Config struct {
 	Version, Node, Interface, Encryption string
 	// Read asks the kernel. It is called once for all scrapes of a moment, by a
@@ -29,6 +29,8 @@ type Config struct {
 	State  func(p mesh.Peer, present bool, now time.Time) string
 	States []string
 	Now    func() time.Time
+	// Patience is how long a scrape waits for Read, 5 s if it is zero.
+	Patience time.Duration
 }
 
 // Reading is what the kernel shows.

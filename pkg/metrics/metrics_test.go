@@ -155,6 +155,34 @@ func TestScrapesShareTheReading(t *testing.T) {
 	}
 }
 
+// A reading that hangs leaves the scrapes what there is without it, and they are
+// whole again once it comes back.
+func TestReadingHangs(t *testing.T) {
+	var reads atomic.Int32
+	answer := make(chan struct{})
+	m := newMetrics(func() (metrics.Reading, error) {
+		reads.Add(1)
+		<-answer
+		return metrics.Reading{}, nil
+	})
+	m.Patience = time.Millisecond
+	for range 10 {
+		if text := get(t, m); !strings.Contains(text, "\nwgcni_kernel_read_up 0\n") || !strings.Contains(text, "\nwgcni_ready 0\n") {
+			t.Fatalf("it says:\n%s", text)
+		}
+	}
+	if n := reads.Load(); n != 1 {
+		t.Errorf("%d readings hang", n)
+	}
+	close(answer)
+	m.Patience = time.Minute
+	for range 2 { // the first may get what the one that hung has brought
+		if text := get(t, m); !strings.Contains(text, "\nwgcni_kernel_read_up 1\n") {
+			t.Errorf("it says:\n%s", text)
+		}
+	}
+}
+
 // Nothing of any peer is kept between scrapes.
 func TestScrapeKeepsNoPeers(t *testing.T) {
 	const many = 5000

@@ -2,6 +2,8 @@ package metrics
 
 import (
 	"bufio"
+	"cmp"
+	"errors"
 	"io"
 	"net/http"
 	"strconv"
@@ -58,15 +60,29 @@ type peer struct {
 	mesh.Peer
 }
 
-// look reads the kernel. Scrapes that come while one is at it take what that one gets.
+// readPatience is Config.Patience where it is not set.
+const readPatience = 5 * time.Second
+
+// readOnce reads the kernel. Scrapes that come while one is at it take what that
+// one gets. A tunnel process that has been stopped answers nobody: what hangs then
+// is one reading, and the scrapes go on without.
+func (m *Metrics) readOnce() (Reading, error) {
+	patience := time.NewTimer(cmp.Or(m.Patience, readPatience))
+	defer patience.Stop()
+	select {
+	case got := <-m.flight.DoChan("", func() (any, error) { return m.Read() }):
+		if got.Err != nil {
+			return Reading{}, got.Err
+		}
+		return got.Val.(Reading), nil //nolint:forcetypeassert // it is what Read returns
+	case <-patience.C:
+		return Reading{}, errors.New("the kernel, or the tunnel process, does not answer")
+	}
+}
+
 func (m *Metrics) look() *now {
 	n := &now{m: m}
-	read, err, _ := m.flight.Do("", func() (any, error) { return m.Read() })
-	if err != nil {
-		n.err = err
-	} else {
-		n.read = read.(Reading) //nolint:forcetypeassert // it is what Read returns
-	}
+	n.read, n.err = m.readOnce()
 	at, last := m.Now(), m.Last()
 	if last == nil {
 		return n
@@ -74,7 +90,7 @@ func (m *Metrics) look() *now {
 	if last.Report.RegistryError != "" {
 		n.away = max(at.Sub(last.Report.RegistrySince), 0)
 	}
-	if err != nil {
+	if n.err != nil {
 		return n
 	}
 	have := make(map[wgtypes.Key]int, len(n.read.Peers))

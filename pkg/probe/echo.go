@@ -19,6 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ErrNoSocket says that this process may not send pings.
+var ErrNoSocket = errors.New("cannot open an ICMP socket; without CAP_NET_RAW nobody can")
+
 // Options say how packets are sent. The zero value sends them as everybody's.
 type Options struct {
 	Namespace string // optional: path of the network namespace that they are sent from
@@ -125,7 +128,7 @@ func (e *echo) open() error {
 			for _, c := range e.conns {
 				_ = c.conn.Close()
 			}
-			return fmt.Errorf("open an ICMP socket: %w", err)
+			return fmt.Errorf("%w: %w", ErrNoSocket, err)
 		}
 		e.conns[v6] = c
 	}

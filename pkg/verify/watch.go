@@ -56,7 +56,7 @@ func watch(o Options, size int) (*watcher, error) {
 	// Without a protocol it receives nothing until the bind. The link's header is left
 	// out: not all links have one.
 	if w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
-		return nil, fmt.Errorf("open a packet socket: %w", err)
+		return nil, fmt.Errorf("open a packet socket, which takes CAP_NET_RAW: %w", err)
 	}
 	if err := w.listen(size); err != nil {
 		return nil, errors.Join(err, unix.Close(w.fd))

@@ -48,7 +48,7 @@ func installed() bool {
 }
 
 // awaitEntry is loadInstalled for the helper's start. After a boot, the entry may be
-// lost before there is anybody to put it back.
+// lost before there is anybody to put it back. The end of ctx is no error.
 func (o options) awaitEntry(ctx context.Context, log *slog.Logger) (config.Config, error) {
 	lost := func(err error) bool {
 		return o.configFile == "" && errors.Is(err, config.ErrNotChained) && installed()
@@ -68,6 +68,9 @@ func (o options) awaitEntry(ctx context.Context, log *slog.Logger) (config.Confi
 		case <-ctx.Done():
 		}
 		c, err = o.loadInstalled()
+	}
+	if ctx.Err() != nil {
+		return c, nil
 	}
 	return c, err
 }

@@ -69,7 +69,7 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 	events := page.NewEvents(manyEvents)
 	log = slog.New(events.Handler(log.Handler()))
 	c, err := o.awaitEntry(ctx, log)
-	if err != nil {
+	if err != nil || ctx.Err() != nil {
 		return err
 	}
 	lock, err := reconcile.HoldHelperLock(c.RunDir)

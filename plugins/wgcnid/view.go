@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"html/template"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -29,12 +30,29 @@ const (
 
 var errManyMachines = fmt.Errorf("more than %d machines are not drawn", manyDrawn)
 
-// servePage answers with the page. Callers of the same moment get the same one.
-func (w *web) servePage(rw http.ResponseWriter, r *http.Request) {
-	made, err, _ := w.flight.Do("page", func() (any, error) {
-		// Not the caller's context: others wait for it as well.
+// viewPatience is how long a caller waits for what has to be made.
+const viewPatience = 15 * time.Second
+
+// made is what make returns. Callers of the same moment get the same; those of a
+// node that does not answer are not kept waiting for ever.
+func (w *web) made(name string, make func(context.Context) (string, error)) (string, error) {
+	// Not the caller's context: others wait for it as well.
+	done := w.flight.DoChan(name, func() (any, error) { return make(context.Background()) })
+	patience := time.NewTimer(viewPatience)
+	defer patience.Stop()
+	select {
+	case got := <-done:
+		text, _ := got.Val.(string)
+		return text, got.Err
+	case <-patience.C:
+		return "", fmt.Errorf("the node's state cannot be read within %s", viewPatience)
+	}
+}
+
+func (w *web) servePage(rw http.ResponseWriter, _ *http.Request) {
+	text, err := w.made("page", func(ctx context.Context) (string, error) {
 		var b strings.Builder
-		err := w.page(context.WithoutCancel(r.Context())).Render(&b)
+		err := w.page(ctx).Render(&b)
 		return b.String(), err
 	})
 	if err != nil {
@@ -43,11 +61,11 @@ func (w *web) servePage(rw http.ResponseWriter, r *http.Request) {
 	}
 	rw.Header().Set("Content-Type", "text/html; charset=utf-8")
 	rw.Header().Set("Content-Security-Policy", page.Policy())
-	_, _ = rw.Write([]byte(made.(string))) //nolint:forcetypeassert // it is what the function returns
+	_, _ = io.WriteString(rw, text) // a caller that has gone needs no answer
 }
 
-func (w *web) serveGraph(rw http.ResponseWriter, r *http.Request) {
-	made, err, _ := w.flight.Do("graph", func() (any, error) { return w.picture(context.WithoutCancel(r.Context())) })
+func (w *web) serveGraph(rw http.ResponseWriter, _ *http.Request) {
+	text, err := w.made("graph", w.picture)
 	switch {
 	case errors.Is(err, errManyMachines):
 		http.Error(rw, err.Error()+"; `wgcnid graph` draws them", http.StatusNotFound)
@@ -56,7 +74,7 @@ func (w *web) serveGraph(rw http.ResponseWriter, r *http.Request) {
 	default:
 		rw.Header().Set("Content-Type", "image/svg+xml")
 		rw.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
-		_, _ = rw.Write([]byte(made.(string))) //nolint:forcetypeassert // it is what picture returns
+		_, _ = io.WriteString(rw, text)
 	}
 }
 
@@ -100,11 +118,11 @@ func (w *web) page(ctx context.Context) page.Page {
 }
 
 func (w *web) describe(p *page.Page, s Status) {
-	p.Verdict, p.Level = printable(s.Verdict), page.OK
+	p.Verdict, p.Level = printable(fmt.Sprintf("%s. %s", s.Answer, s.Verdict)), page.OK
 	switch {
-	case !s.OK:
+	case !s.OK, s.Answer == AnswerNo:
 		p.Level = page.Fault
-	case s.Encryption == mesh.Preferred:
+	case s.Answer == AnswerPartly, s.Encryption == mesh.Preferred:
 		p.Level = page.Note
 	}
 	p.Faults = pageFaults(s)
@@ -165,7 +183,7 @@ func pagePeers(s Status) (out []page.Peer, note string) {
 			endpoint = p.Endpoint.String()
 		}
 		out = append(out, page.Peer{
-			Name: printable(p.Name), State: p.State, Level: stateLevel(p.State), Endpoint: endpoint, Handshake: ago(s.Time, p.LastHandshake),
+			Name: printable(p.Name), State: p.State, Level: stateLevel(p.State), Reason: printable(oneLine(p.Reason)), Endpoint: endpoint, Handshake: ago(s.Time, p.LastHandshake),
 			Received: size(p.ReceiveBytes), Sent: size(p.TransmitBytes), AllowedIPs: list(p.AllowedIPs),
 		})
 	}

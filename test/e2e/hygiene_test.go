@@ -137,7 +137,7 @@ func (k *keeper) commands(t *testing.T) {
 func (k *keeper) mustHaveSearched(t *testing.T) {
 	t.Helper()
 	public := needle{name: "a public key", raw: k.publics[0][:]}
-	k.mustBeFound(t, public, "node-b: wgcnid status --json", "node-b: wgcnid nodes", "node-a: log", "peers.db", "etcd: get", "underlay:"+k.data)
+	k.mustBeFound(t, public, "node-b: wgcnid status --json", "node-b: wgcnid nodes", "node-a: HTTP /", "node-a: log", "peers.db", "etcd: get", "underlay:"+k.data)
 	canary := make([]byte, 32)
 	_, _ = rand.Read(canary) // never fails
 	for i := range canary {

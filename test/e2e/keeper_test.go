@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"html"
 	"maps"
 	"os"
 	"slices"
@@ -204,6 +205,11 @@ func (k *keeper) look(t *testing.T, stage string) {
 	for _, n := range k.Nodes {
 		k.told.addFiles(t, n.Machine, stage, "/run", "/var/lib/wgcni", "/var/lib/cni", "/etc/cni", "/etc/wgcni")
 		k.told.addProcesses(t, n.Machine, stage)
+		for _, path := range []string{"/", "/metrics", "/graph.svg", "/healthz", "/readyz"} {
+			if _, text, err := n.Get(t.Context(), path); err == nil { // else the helper does not run
+				k.told[fmt.Sprintf("%s, %s: HTTP %s", stage, n.Name, path)] = []byte(html.UnescapeString(text))
+			}
+		}
 	}
 	k.told.addFiles(t, k.Underlay, stage, k.data)
 	k.told[stage+", etcd: get"] = []byte(rawEtcd{k.etcd}.ctl(t, "get", "", "--prefix"))

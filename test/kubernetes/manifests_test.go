@@ -170,6 +170,17 @@ func TestUninstallTakesThePlace(t *testing.T) {
 	}
 }
 
+// README.md puts the image's name there by sed.
+func TestImages(t *testing.T) {
+	for file, want := range map[string]int{"wgcni.yaml": 2, "uninstall.yaml": 2} {
+		text := regexp.MustCompile(`(?m)image: wgcni$`).ReplaceAll(read(t, file), []byte("image: registry.example/wgcni:v1"))
+		got := images(t, text)
+		if len(got) != want || slices.ContainsFunc(got, func(image string) bool { return image != "registry.example/wgcni:v1" }) {
+			t.Errorf("%s: %q", file, got)
+		}
+	}
+}
+
 // The objects of both files fit together.
 func TestReferences(t *testing.T) {
 	all, _ := objects(t, slices.Concat(read(t, "wgcni.yaml"), []byte("\n---\n"), read(t, "config.yaml")))

@@ -356,7 +356,7 @@ func TestDoctorNamesTrustFaults(t *testing.T) {
 	b.run(t, []fault{
 		{
 			name: "another secret", spoil: onA(),
-			id: "conflicts", level: doctor.Warn, found: "node-b", do: "wgcnid secret --help",
+			id: "conflicts", level: doctor.Fail, found: "it is this one that has the wrong secret", do: "copy /etc/wgcni/secret from another node",
 		},
 		{
 			name: "secret that others may read", spoil: onA(`chmod 644 /etc/wgcni/secret`),

@@ -171,11 +171,28 @@ func TestDoctorRaisesNoFalseAlarm(t *testing.T) {
 			if tt.after != nil {
 				tt.after(t, b)
 			}
+			before := dropped(t, c)
 			for _, n := range c.Nodes {
 				healthy(t, diagnose(t, c, n))
 			}
+			if after := dropped(t, c); after != before {
+				t.Errorf("the doctor's own packets are counted as plaintext that was dropped: %v, %v before", after, before)
+			}
 		})
 	}
+}
+
+// dropped is what both nodes have dropped since it would have been in the clear.
+func dropped(t *testing.T, c *cluster.Cluster) (n uint64) {
+	t.Helper()
+	for _, node := range c.Nodes {
+		s, err := node.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		n += s.Dropped.Out.Packets + s.Dropped.In.Packets
+	}
+	return n
 }
 
 // joinOneByOne gives the options to the first node only.
@@ -257,5 +274,35 @@ func TestDoctorWithoutConfiguration(t *testing.T) {
 	}
 	if out, err := n.Wgcnid(t.Context(), "doctor", "nobody"); err == nil || !strings.Contains(err.Error(), `knows no machine "nobody"`) {
 		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// A container that may not open raw sockets, or root without that right, is told so;
+// the peers are not called broken for it.
+func TestDoctorWithoutRawSockets(t *testing.T) {
+	b := newBed(t, cluster.NetworkOptions{})
+	b.well(t) // with a handshake
+	out, err := b.a.Run(t.Context(), "setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw",
+		filepath.Join(b.c.BinDir, "wgcnid"), "doctor", "--bin-dir", b.c.BinDir)
+	if err != nil || !strings.Contains(out, "no ping was sent: cannot open an ICMP socket; without CAP_NET_RAW nobody can") || strings.Contains(out, "FAIL") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// What the doctor says may be sent to anybody.
+func TestDoctorTellsNoSecret(t *testing.T) {
+	secret := freshSecret(t)
+	b := newBed(t, cluster.NetworkOptions{Secrets: []string{secret}})
+	key, err := b.a.ReadFile("/var/lib/wgcni/private.key")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"doctor"}, {"doctor", "--json"}, {"verify"}, {"verify", "--json"}} {
+		out, _ := b.a.Wgcnid(t.Context(), args...)
+		for _, hidden := range []string{strings.TrimSpace(key), secret, secret[len(secret)-20:]} {
+			if len(out) < 100 || strings.Contains(out, hidden) {
+				t.Errorf("wgcnid %v tells a secret, or nothing:\n%s", args, out)
+			}
+		}
 	}
 }

@@ -356,6 +356,23 @@ func TestInstallWaits(t *testing.T) {
 	if text, err := n.ReadFile(copyFile); err != nil || !strings.Contains(text, `"wgcni"`) {
 		t.Errorf("%v: %s", err, text)
 	}
+	// A helper that finds nothing of it at its first start waits as well.
+	must(t, os.Remove(n.Path(copyFile)))
+	must(t, os.Remove(n.Path(primaryFile)))
+	for _, back := range []bool{false, true} {
+		helper, err := n.StartHelper()
+		must(t, err)
+		must(t, helper.WaitFor(t.Context(), "waiting for the primary plugin"))
+		if back {
+			must(t, n.WriteFile(primaryFile, plain, 0o644))
+			must(t, helper.WaitFor(t.Context(), "starting"))
+			must(t, c.AwaitConverged(t.Context()))
+			break
+		}
+		if err := helper.Stop(t.Context()); err != nil {
+			t.Errorf("stopped while it waits: %v\n%s", err, helper.Log)
+		}
+	}
 	if out := wgcnid(t, n, "uninstall", "--purge"); !strings.Contains(out, copyFile) {
 		t.Errorf("uninstall says nothing of the copy:\n%s", out)
 	}
@@ -432,6 +449,35 @@ func TestUninstallRefuses(t *testing.T) {
 	}
 	installed = files(t, n)
 	refuse("take it out")
+}
+
+// An uninstall that was cut short after the entry was out is finished by the next
+// one, although nothing names wgcni any more; and the binary was there till then.
+func TestUninstallGoesOn(t *testing.T) {
+	t.Parallel()
+	c := plainNodes(t, 1)
+	n := c.Nodes[0]
+	before := files(t, n)
+	installNode(t, n)
+	helpers := startHelpers(t, c)
+	const record = "/var/lib/wgcni/install.json"
+	text, err := n.ReadFile(record)
+	must(t, err)
+	must(t, n.WriteFile(record, strings.Replace(text, `"stage": "installed"`, `"stage": "removing"`, 1), 0o600))
+	must(t, os.Remove(n.Path(copyFile)))
+	if _, err := n.ReadFile(pluginDir + "/wgcni"); err != nil {
+		t.Error(err)
+	}
+	if out := wgcnid(t, n, "uninstall", "--purge"); !strings.Contains(out, "has left the mesh") {
+		t.Errorf("uninstall says:\n%s", out)
+	}
+	must(t, helpers[0].Wait(t.Context()))
+	if diff := cmp.Diff(before, files(t, n)); diff != "" {
+		t.Errorf("what uninstall left (-before +after):\n%s", diff)
+	}
+	if out := run(t, n, "ip", "-o", "link"); strings.Contains(out, "wgcni0") {
+		t.Errorf("the tunnel is still there:\n%s", out)
+	}
 }
 
 // configs are those of the files that decide whether pods start.

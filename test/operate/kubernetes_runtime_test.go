@@ -62,7 +62,7 @@ func TestDaemonSetInContainerd(t *testing.T) {
 	k.probe(n, helper)
 	// That it ran under what it was asked to: proc(5) has the numbers.
 	confined, err := n.Run(t.Context(), "sh", "-ec", `pid=$(ctr --namespace k8s.io task ls | awk -v id=$0 '$1 == id {print $2}'); cat /proc/$pid/status`, r.ID)
-	for _, want := range []string{"Seccomp:\t2\n", "CapEff:\t0000000000201000\n", "CapBnd:\t0000000000201000\n"} {
+	for _, want := range []string{"Seccomp:\t2\n", "CapEff:\t0000000000203000\n", "CapBnd:\t0000000000203000\n"} {
 		if err != nil || !strings.Contains(confined, want) {
 			t.Errorf("%v: want %q in\n%s", err, want, confined)
 		}

@@ -258,10 +258,27 @@ func (k *kubelet) configure(endpoints []string) {
 	k.objects["Secret"].StringData["secret"] = secret.Reveal() + "\n"
 }
 
-// purposes are what goes wrong without a capability, as the log says it.
+// purposes are what goes wrong without a capability, as `wgcnid run` says it, and
+// for what an operator runs in the container, that command.
 var purposes = map[string]string{
 	"NET_ADMIN": "subscribe to nftables",
 	"SYS_ADMIN": "links of pods do not follow the tunnel's MTU",
+	"NET_RAW":   "",
+}
+
+// ask is `kubectl exec daemonset/wgcni -- wgcnid ...`.
+func (k *kubelet) ask(n *cluster.Node, c container) {
+	k.t.Helper()
+	for command, want := range map[string]string{"status": "Yes", "verify": "", "explain 10.244.1.2 10.244.2.2": "Encrypted"} {
+		c.Args = strings.Fields(command)
+		if out, err := k.run(k.t.Context(), n, c); err != nil || !strings.HasPrefix(out, want) {
+			k.t.Errorf("wgcnid %s: %v\n%s", command, err, out)
+		}
+	}
+	c.Args = []string{"verify"}
+	if out, err := k.run(k.t.Context(), n, c, "NET_RAW"); err == nil || !strings.Contains(out, "operation not permitted") {
+		k.t.Errorf("wgcnid verify needs no NET_RAW: %v\n%s", err, out)
+	}
 }
 
 // The manifests are executed on nodes: what they ask for is enough, and no
@@ -320,6 +337,7 @@ func TestDaemonSet(t *testing.T) {
 			t.Errorf("%s: src_valid_mark is %q, %v: the container does not reach the node's sysctls\n%s", n.Name, got, err, helpers[i].Log)
 		}
 		k.probe(n, helper)
+		k.ask(n, helper)
 		k.changeSecret(n)
 	}
 	// What update and deletion of the pod do.
@@ -357,9 +375,11 @@ func prepareNode(t *testing.T, n *cluster.Node) {
 func (k *kubelet) lacking(n *cluster.Node, c container) {
 	k.t.Helper()
 	for _, capability := range c.SecurityContext.Capabilities.Add {
-		want := purposes[capability]
-		if want == "" {
+		want, known := purposes[capability]
+		if !known {
 			k.t.Errorf("what is %s for?", capability)
+		}
+		if want == "" {
 			continue
 		}
 		p := k.start(n, c, capability)

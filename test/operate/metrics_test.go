@@ -3,7 +3,6 @@ package operate
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -168,11 +167,8 @@ func TestMetricsOfFaults(t *testing.T) {
 	atLeast(t, a, 1, "wgcni_repairs_total")
 
 	// The registry breaks; nothing else does.
-	aside := c.RegistryFile() + ".aside"
-	if err := cluster.Poll(t.Context(), "a folder in the registry's place", func() error {
-		// A node may write a new one in between.
-		return errors.Join(os.Rename(c.RegistryFile(), aside), os.Mkdir(c.RegistryFile(), 0o700))
-	}); err != nil {
+	// Its folder goes: in a file's place they would put a new one.
+	if err := os.Rename(c.Shared, c.Shared+".away"); err != nil {
 		t.Fatal(err)
 	}
 	awaitMetrics(t, a, func(m map[string]*dto.MetricFamily) error {
@@ -182,10 +178,26 @@ func TestMetricsOfFaults(t *testing.T) {
 		}
 		return nil
 	})
-	if err := errors.Join(os.Remove(c.RegistryFile()), os.Rename(aside, c.RegistryFile())); err != nil {
+	if err := os.Rename(c.Shared+".away", c.Shared); err != nil {
 		t.Fatal(err)
 	}
 	atLeast(t, a, 1, "wgcni_registry_up")
+
+	// The tunnel's process is stopped: nobody can say how its peers are, and the rest is served.
+	if tunnel, err := a.Tunnel(); err != nil {
+		t.Error(err)
+	} else if tunnel.PID != 0 {
+		signal := func(sig string) { run(t, a, "kill", "-"+sig, fmt.Sprint(tunnel.PID)) }
+		signal("STOP")
+		awaitMetrics(t, a, func(m map[string]*dto.MetricFamily) error {
+			if up, there := value(m, "wgcni_kernel_read_up"), m["wgcni_peers"] != nil; up != 0 || there {
+				return fmt.Errorf("it can be read: %v, peers: %v", up, there)
+			}
+			return nil
+		})
+		signal("CONT")
+		atLeast(t, a, 1, "wgcni_kernel_read_up")
+	}
 
 	// b, with its guard taken away, sends what is not its own, sealed.
 	if err := helpers[1].Kill(); err != nil {
