@@ -9,13 +9,16 @@ GOFUMPT  := v0.12.0
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build man tools flannel containerd demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
+.PHONY: help deps deps-test build man tools flannel containerd demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that demo, test and bench need
 	@scripts/deps.sh
+
+deps-test: deps ## Install those that test needs beside
+	@scripts/deps.sh test
 
 build: ## Build the plugin and the helper into .bin
 	@mkdir -p $(BIN)
@@ -42,17 +45,17 @@ containerd: ## Build containerd 2, as pinned in test/containerd, and what runs i
 demo: deps build tools ## Watch pods on three nodes talk encrypted (root; under a minute)
 	$(GO) run ./test/demo
 
-test: deps build tools flannel containerd ## Run every test (root), with the race detector
+test: deps-test build tools flannel containerd ## Run every test (root), with the race detector
 	@[ "$$(id -u)" = 0 ] || { echo "make test: run it as root: it makes network namespaces" >&2; exit 1; }
 	$(GO) vet ./...
 	scripts/test.sh
 
-test-kernel: deps build tools flannel ## Run the end-to-end tests on kernels that have WireGuard (root): Linux 7.2, 6.12 and Debian's
+test-kernel: deps-test build tools flannel ## Run the end-to-end tests on kernels that have WireGuard (root): Linux 7.2, 6.12 and Debian's
 	@[ "$$(id -u)" = 0 ] || { echo "make test-kernel: run it as root: it makes network namespaces" >&2; exit 1; }
 	@scripts/deps.sh kernel
 	scripts/kernel/test.sh
 
-matrix: deps build tools flannel ## Test wgcni beside other plugins (root) and rewrite README's tables
+matrix: deps-test build tools flannel ## Test wgcni beside other plugins (root) and rewrite README's tables
 	WGCNI_MATRIX=$(CURDIR)/test/e2e/testdata/matrix $(GO) test -count=1 -run '^TestMatrix$$' ./test/e2e
 	$(GO) run ./scripts/matrix
 
@@ -73,7 +76,7 @@ bench-kernel: deps build tools ## Measure throughput with the kernel's WireGuard
 	@scripts/deps.sh kernel
 	scripts/kernel/bench.sh
 
-cover: deps build tools flannel containerd ## Measure test coverage (root)
+cover: deps-test build tools flannel containerd ## Measure test coverage (root)
 	$(GO) test -coverpkg=./pkg/...,./plugins/... -coverprofile=$(BIN)/cover.out ./...
 	$(GO) tool cover -func=$(BIN)/cover.out | tail -1
 

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs those Debian packages whose commands are missing. Nothing else is changed.
-# `deps.sh kernel` is about the guests of scripts/kernel alone, `deps.sh bench` about
-# the proxies that `wgcnid endpoint` is measured beside.
+# `deps.sh test` is about what the tests need beside the demo, `deps.sh kernel` about
+# the guests of scripts/kernel alone, `deps.sh bench` about the proxies that `wgcnid
+# endpoint` is measured beside.
 set -eu
 missing=
 need() { # COMMAND PACKAGE
@@ -21,6 +22,14 @@ kernel)
 	grep -q '^VERSION_ID="12"' /etc/os-release || # whose qemu has it
 		PATH=$PATH:/usr/libexec need virtiofsd virtiofsd
 	;;
+test)
+	need gcc gcc # the race detector
+	[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
+	need containerd containerd
+	need runc runc
+	need chromium chromium
+	need promtool prometheus
+	;;
 bench)
 	need haproxy haproxy
 	need nginx nginx-light
@@ -35,12 +44,6 @@ bench)
 	need wg-quick wireguard-tools
 	need ping iputils-ping
 	need iperf3 iperf3
-	need containerd containerd
-	need runc runc
-	need gcc gcc # the race detector
-	need chromium chromium
-	need promtool prometheus
-	[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
 	;;
 esac
 [ -n "$missing" ] || exit 0

@@ -1,8 +1,10 @@
 package doctor
 
 import (
+	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -130,19 +132,25 @@ func checkInstalled(c Chains) Check {
 		return t.ok("the entry stands in the primary's own file (" + r.Mode + ")")
 	case source == nil:
 		return t.warn(r.Source+", which it was made from, is gone; pods still start, by the copy", "if the cluster has another network now, run `wgcnid install --entry FILE` for that; else `wgcnid uninstall`")
-	case target.Error == nil && source.Error == nil && !sameBut(target.raw, target.Plugins, source.raw, source.Plugins):
+	case target.Error == nil && source.Error == nil && !extends(target.raw, source.raw):
 		return t.fail(r.Source+" has changed since, and the copy has not", mend)
 	}
 	return t.ok("it is that of " + r.Source + ", with the entry of wgcni")
 }
 
-// sameBut reports whether two chains are the same, but for wgcni in the first.
-func sameBut(with, withTypes, without, withoutTypes []string) bool {
-	var rest []string
-	for i, raw := range with {
-		if withTypes[i] != config.PluginType || slices.Contains(withoutTypes, config.PluginType) {
-			rest = append(rest, raw)
+// extends reports whether a chain has all plugins of another one, in their order. It
+// may have more: wgcni, and those of programs that put theirs into the first list, as
+// istio-cni and linkerd-cni do.
+func extends(chain, base []string) bool {
+	for _, plugin := range chain {
+		if len(base) > 0 && sameJSON(plugin, base[0]) {
+			base = base[1:]
 		}
 	}
-	return slices.Equal(rest, without)
+	return len(base) == 0
+}
+
+func sameJSON(a, b string) bool {
+	var x, y any
+	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && reflect.DeepEqual(x, y)
 }

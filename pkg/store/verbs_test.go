@@ -4,8 +4,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -83,18 +85,29 @@ func TestVerbLogLate(t *testing.T) {
 }
 
 // Verbs and the helper are at it at the same time, and none is lost or counted twice.
+// A verb is over before the helper looks for the second time, as it is where the
+// helper looks every few seconds.
 func TestVerbLogTogether(t *testing.T) {
 	dir := t.TempDir()
 	var l store.VerbLog
 	defer l.Close()
 	const writers, each = 4, 300
 	var writing sync.WaitGroup
+	var written [writers]atomic.Int64
 	for w := range writers {
 		writing.Go(func() {
 			for i := range each {
 				store.LogVerb(dir, store.Verb{Name: "ADD", Took: time.Duration(w*each+i) * time.Microsecond})
+				written[w].Add(1)
 			}
 		})
+	}
+	awaitEach := func() {
+		for w := range writers {
+			for before := written[w].Load(); before < each && written[w].Load() == before; {
+				runtime.Gosched()
+			}
+		}
 	}
 	done := make(chan struct{})
 	go func() { writing.Wait(); close(done) }()
@@ -106,6 +119,7 @@ func TestVerbLogTogether(t *testing.T) {
 		default:
 		}
 		got = append(got, drain(t, &l, dir)...)
+		awaitEach()
 	}
 	got = append(got, drain(t, &l, dir)...)
 	slices.SortFunc(got, func(a, b store.Verb) int { return int(a.Took - b.Took) })

@@ -97,17 +97,21 @@ func (w *watcher) add(i int, marker []byte, t Target) {
 	w.results[i] = Result{Peer: t.Name, Address: t.Address, Endpoint: t.Endpoint}
 }
 
-// read looks at what comes until it was told to stop and nothing more is waiting.
+// read looks at what comes until it was told to stop, and then at what is waiting.
+// Other traffic of that size may never pause: it is the queue that has to be empty.
 func (w *watcher) read() {
 	buf := make([]byte, 1<<16)
-	for {
-		n, from, err := unix.Recvfrom(w.fd, buf, 0)
+	for flags := 0; ; {
+		select {
+		case <-w.stopped:
+			flags = unix.MSG_DONTWAIT
+		default:
+		}
+		n, from, err := unix.Recvfrom(w.fd, buf, flags)
 		switch {
 		case errors.Is(err, unix.EAGAIN):
-			select {
-			case <-w.stopped:
+			if flags != 0 {
 				return
-			default:
 			}
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.ENETDOWN): // an interface went down
 		case err != nil:

@@ -73,7 +73,7 @@ func hostTraces(t *testing.T) map[string][]string {
 		t.Fatal(err)
 	}
 	traces := map[string][]string{"mounts": strings.Split(string(mounts), "\n")}
-	for _, glob := range []string{"/opt/*", "/opt/*/bin/*", "/var/lib/containerd/*", "/var/lib/cni/*", "/run/containerd/*", "/run/netns/*", "/etc/containerd/*", "/etc/cni/*", "/tmp/containerd*"} {
+	for _, glob := range []string{"/opt/containerd*", "/var/lib/containerd/*", "/var/lib/cni/*", "/run/containerd/*", "/run/netns/cni-*", "/etc/containerd/*", "/etc/cni/*", "/tmp/containerd*"} {
 		if traces[glob], err = filepath.Glob(glob); err != nil {
 			t.Fatal(err)
 		}

@@ -45,7 +45,7 @@ func TestVerifyEncrypted(t *testing.T) {
 	for _, pod := range pods {
 		cluster.ServeT(t, pod)
 	}
-	stream, err := cluster.StartStream(pods[0], netip.AddrPortFrom(pods[1].IPv4(), cluster.EchoPort), cluster.StreamOptions{Rate: 500, Size: 350})
+	stream, err := cluster.StartStream(pods[0], netip.AddrPortFrom(pods[1].IPv4(), cluster.EchoPort), cluster.StreamOptions{Rate: 1000, Size: 400})
 	if err != nil {
 		t.Fatal(err)
 	}
