@@ -215,6 +215,8 @@ func TestExamine(t *testing.T) {
 		{"way broken since", func(f *Facts) { silent(f) }, "peer/b", Fail, "its machine answers a plain ping", "UDP to port 51820"},
 		{"nobody listens", func(f *Facts) { never(f).Refused = true }, "peer/b", Fail, "nobody listens", "start wgcnid"},
 		{"keys differ", func(f *Facts) { never(f).Have.ReceiveBytes = 148 }, "peer/b", Fail, "do not agree on a key", "Cluster secret"},
+		{"no route, as its peer has it", func(f *Facts) { silent(f).Route, f.Peers[0].RouteErr = "", unix.EHOSTUNREACH }, "peer/b", Fail, "does not enter the tunnel", "Routes"},
+		{"another route, as its peer has it", func(f *Facts) { silent(f).Route = "eth0" }, "peer/b", Fail, "does not enter the tunnel", "Routes"},
 		{"machine gone", func(f *Facts) { never(f).Machine = probe.Answer{} }, "peer/b", Fail, "does not answer a plain ping either", "is up"},
 		{"no way there", func(f *Facts) { never(f).Machine = probe.Answer{Err: unix.ENETUNREACH} }, "peer/b", Fail, "cannot be reached from here", "ip route get 192.0.2.11"},
 		{"behind NAT", func(f *Facts) {

@@ -197,8 +197,13 @@ func layout(data []byte, neighbour span, entry []byte) ([]byte, error) {
 		err := json.Compact(&out, entry)
 		return out.Bytes(), err
 	}
-	// The plugin's last line is indented as the plugin is; its second one deeper.
-	prefix := indentation(data[bytes.LastIndexByte(data[:neighbour.end], '\n')+1 : neighbour.end])
+	// A plugin that begins a line says how deep plugins are; else the last line of one
+	// does, with its closing brace. The second line is deeper.
+	line := data[bytes.LastIndexByte(data[:neighbour.start], '\n')+1 : neighbour.start]
+	if len(bytes.TrimLeft(line, " \t")) > 0 {
+		line = data[bytes.LastIndexByte(data[:neighbour.end], '\n')+1 : neighbour.end]
+	}
+	prefix := indentation(line)
 	step, deeper := strings.CutPrefix(indentation(text[first+1:]), prefix)
 	if !deeper || step == "" {
 		step = "  "

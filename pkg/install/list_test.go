@@ -26,6 +26,7 @@ func TestInsert(t *testing.T) {
 		{"a line each", "{\"name\":\"n\",\"plugins\":[\n  { \"type\": \"ptp\" },\n  { \"type\": \"portmap\" }\n]}", "{\"name\":\"n\",\"plugins\":[\n  { \"type\": \"ptp\" },\n  { \"type\": \"portmap\" },\n  {\"type\":\"wgcni\"}\n]}"},
 		{"empty lines", "{\"name\":\"n\",\"plugins\":[\n\n  { \"type\": \"ptp\" }\n\n]}", "{\"name\":\"n\",\"plugins\":[\n\n  { \"type\": \"ptp\" },\n  {\"type\":\"wgcni\"}\n\n]}"},
 		{"bracket and brace on one line", "{ \"name\": \"n\", \"plugins\": [{\n    \"type\": \"ptp\"\n  }] }", "{ \"name\": \"n\", \"plugins\": [{\n    \"type\": \"ptp\"\n  }, {\n    \"type\": \"wgcni\"\n  }] }"},
+		{"brace behind the last key", "{\n  \"name\": \"n\",\n  \"plugins\": [\n    { \"type\": \"ptp\",\n      \"mtu\": 1400 }\n  ]\n}\n", "{\n  \"name\": \"n\",\n  \"plugins\": [\n    { \"type\": \"ptp\",\n      \"mtu\": 1400 },\n    {\n      \"type\": \"wgcni\"\n    }\n  ]\n}\n"},
 		{"keys behind", `{"plugins":[{"type":"ptp"}],"name":"n","x":[1,2]}`, `{"plugins":[{"type":"ptp"},{"type":"wgcni"}],"name":"n","x":[1,2]}`},
 		{"the last of two", `{"name":"n","plugins":[{"type":"a"}],"plugins":[{"type":"b"}]}`, `{"name":"n","plugins":[{"type":"a"}],"plugins":[{"type":"b"},{"type":"wgcni"}]}`},
 		{"escaped key", `{"name":"n","plug\u0069ns":[{"type":"ptp"}]}`, `{"name":"n","plug\u0069ns":[{"type":"ptp"},{"type":"wgcni"}]}`},

@@ -156,9 +156,12 @@ func verifyTargets(s mesh.State, records registry.Snapshot, self string, names [
 	case len(out) > 0:
 		return out, nil
 	case len(names) > 0 && slices.Contains(all, names[0]):
-		return nil, fmt.Errorf("%s has no address in the tunnel that could be pinged", names[0])
+		return nil, fmt.Errorf("%s has no address that the kernel's routes lead to through the tunnel: `wgcnid doctor %s` says why", names[0], names[0])
 	case len(names) > 0:
 		return nil, fmt.Errorf("this node has no peer %q: it has %s", names[0], few(all, "none"))
+	}
+	if len(all) > 0 {
+		return nil, fmt.Errorf("the kernel's routes lead through the tunnel to none of the peers (%s): `wgcnid doctor` says why", few(all, "none"))
 	}
 	return nil, errors.New("this node has no peers yet: there is nothing to send to")
 }
