@@ -4,7 +4,8 @@ set -eu
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-go test -race -json -timeout 25m "$@" ./... >"$log" || status=$?
+# The longest package first, so that the others run beside it.
+go test -race -json -timeout 25m "$@" ./test/e2e ./... >"$log" || status=$?
 # A module of its own. It has nothing that runs beside something else, and with the
 # race detector it takes minutes to build.
 (cd test/kubernetes && go test -json -timeout 25m "$@" ./...) >>"$log" || status=$?

@@ -147,7 +147,7 @@ func (t Tunnel) width() float64 {
 
 // note is what there is to say of a tunnel in a few words.
 func (t Tunnel) note() string {
-	traffic := fmt.Sprintf("↓ %s ↑ %s", bytesText(t.ReceiveBytes), bytesText(t.TransmitBytes))
+	traffic := fmt.Sprintf("↓ %s ↑ %s", Bytes(t.ReceiveBytes, 1), Bytes(t.TransmitBytes, 1))
 	switch t.State {
 	case TunnelFresh:
 		return traffic
@@ -163,7 +163,7 @@ func (t Tunnel) note() string {
 
 // label is what there is to say of a tunnel, in full.
 func (t Tunnel) label() string {
-	traffic := fmt.Sprintf("%s received, %s sent", bytesText(t.ReceiveBytes), bytesText(t.TransmitBytes))
+	traffic := fmt.Sprintf("%s received, %s sent", Bytes(t.ReceiveBytes, 1), Bytes(t.TransmitBytes, 1))
 	switch t.State {
 	case TunnelFresh, TunnelIdle:
 		return "handshake " + ageText(t.age) + " ago, " + traffic
@@ -187,7 +187,8 @@ func ageText(d time.Duration) string {
 	return fmt.Sprintf("%dd", int(d.Hours()/24))
 }
 
-func bytesText(n int64) string {
+// Bytes prints a size in the units of `wg show`, with so many digits behind the point.
+func Bytes(n int64, digits int) string {
 	const unit = 1024
 	if n < unit {
 		return fmt.Sprintf("%d B", n)
@@ -196,7 +197,7 @@ func bytesText(n int64) string {
 	for value >= unit && exp < 4 {
 		value, exp = value/unit, exp+1
 	}
-	return fmt.Sprintf("%.1f %ciB", value, "KMGTP"[exp])
+	return fmt.Sprintf("%.*f %ciB", digits, value, "KMGTP"[exp])
 }
 
 // colours of DOT and Mermaid, which have no dark ones.

@@ -17,6 +17,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/graph"
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
@@ -321,17 +322,7 @@ func ago(now, then time.Time) string {
 }
 
 // size prints bytes as `wg show` does.
-func size(n int64) string {
-	const unit = 1024
-	if n < unit {
-		return fmt.Sprintf("%d B", n)
-	}
-	value, exp := float64(n)/unit, 0
-	for value >= unit && exp < 4 {
-		value, exp = value/unit, exp+1
-	}
-	return fmt.Sprintf("%.2f %ciB", value, "KMGTP"[exp])
-}
+func size(n int64) string { return graph.Bytes(n, 2) }
 
 // list prints at most a few prefixes.
 func list(prefixes []netip.Prefix) string { return few(texts(prefixes), "none") }

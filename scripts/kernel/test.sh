@@ -11,8 +11,9 @@ core='TestAllPodsReachAllPods TestNoPlaintextWhileTunnelIsGone TestTunnelIsResta
 TestPlaintextFromANodeThatHasNotJoined TestADD TestCHECK TestDELWithoutAnything TestNothingIsLeft'
 moves='TestPodsOutsideThePrefixAreAnnounced TestPodMovesThereAndBack TestPodsSwap'
 coreKernel='TestSingleAllowedIPsAreRemoved TestRemoveAllowedIP TestRandomWalkLeavesForeignObjectsAlone TestRepairs TestPresharedKeysMustMatch'
-# What a container of a DaemonSet may do is enough, where the tunnel is the kernel's.
-operate='TestDaemonSet TestAQuietNodeLogsNothing'
+# Where the tunnel is the kernel's: what a container of a DaemonSet may do is enough,
+# and what operators are told is so.
+operate='TestDaemonSet TestAQuietNodeLogsNothing TestDoctorHealthy TestVerifyEncrypted TestVerifySeesPlaintext TestMetrics'
 limit=1500 # seconds, for each guest
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/wgcni-kernel.XXXXXX")

@@ -139,21 +139,24 @@ type Status struct {
 		Accepted []string `json:"accepted"`
 		Unsealed []string `json:"unsealed"`
 	} `json:"seal"`
-	Peers []struct {
-		Name         string         `json:"name"`
-		PublicKey    string         `json:"publicKey"`
-		PresharedKey bool           `json:"presharedKey"`
-		State        string         `json:"state"`
-		Endpoint     netip.AddrPort `json:"endpoint"`
-		AllowedIPs   []netip.Prefix `json:"allowedIPs"`
-		NodeTraffic  string         `json:"nodeTraffic"`
-	} `json:"peers"`
+	Peers   []PeerStatus `json:"peers"`
 	Dropped struct {
 		Out struct{ Packets uint64 } `json:"out"`
 		In  struct{ Packets uint64 } `json:"in"`
 	} `json:"plaintextDropped"`
 	// Report is the helper's last word; nil before its first.
 	Report *reconcile.Report `json:"report"`
+}
+
+// PeerStatus is one of its peers.
+type PeerStatus struct {
+	Name         string         `json:"name"`
+	PublicKey    string         `json:"publicKey"`
+	PresharedKey bool           `json:"presharedKey"`
+	State        string         `json:"state"`
+	Endpoint     netip.AddrPort `json:"endpoint"`
+	AllowedIPs   []netip.Prefix `json:"allowedIPs"`
+	NodeTraffic  string         `json:"nodeTraffic"`
 }
 
 // Status asks `wgcnid status --json`.

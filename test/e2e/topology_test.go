@@ -316,7 +316,7 @@ func TestThreeClouds(t *testing.T) {
 		talkSoon(t, m.pods[pair[0]], m.pods[pair[1]])
 	}
 	drawn, err := m.Nodes[2].Wgcnid(t.Context(), "graph", "--format", "mermaid")
-	for _, want := range []string{`["cloud-a"]`, `["hub"]`, `{{"node-b<br>gateway<br>behind NAT"}}`} {
+	for _, want := range []string{`["cloud-a"]`, `["hub"]`, `{{"node-b<br>gateway<br>behind NAT<br>handshake `} {
 		if err != nil || !strings.Contains(drawn, want) {
 			t.Errorf("graph (%v) lacks %s:\n%s", err, want, drawn)
 		}

@@ -109,16 +109,7 @@ func TestExplainEncryptNodes(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if !slices.ContainsFunc(s.Peers, func(p struct {
-				Name         string         `json:"name"`
-				PublicKey    string         `json:"publicKey"`
-				PresharedKey bool           `json:"presharedKey"`
-				State        string         `json:"state"`
-				Endpoint     netip.AddrPort `json:"endpoint"`
-				AllowedIPs   []netip.Prefix `json:"allowedIPs"`
-				NodeTraffic  string         `json:"nodeTraffic"`
-			},
-			) bool {
+			if !slices.ContainsFunc(s.Peers, func(p cluster.PeerStatus) bool {
 				return p.Name == b.Nodes[1-i].Name && p.NodeTraffic == "encrypted"
 			}) {
 				return fmt.Errorf("%+v", s.Peers)

@@ -71,6 +71,19 @@ func installNode(t *testing.T, n *cluster.Node, args ...string) string {
 	return wgcnid(t, n, append([]string{"install", "--bin-dir", pluginDir, "--entry", entryFile}, args...)...)
 }
 
+// installedNodes are two that have joined; the second one has a pod that serves.
+func installedNodes(t *testing.T) (c *cluster.Cluster, helpers []*cluster.Process, far *cluster.Pod) {
+	t.Helper()
+	c = plainNodes(t, 2)
+	for _, n := range c.Nodes {
+		installNode(t, n)
+	}
+	helpers = startHelpers(t, c)
+	far = addPod(t, c.Nodes[1], "far")
+	cluster.ServeT(t, far)
+	return c, helpers, far
+}
+
 func startHelpers(t *testing.T, c *cluster.Cluster) (helpers []*cluster.Process) {
 	t.Helper()
 	for _, n := range c.Nodes {
@@ -194,13 +207,8 @@ func TestInstallAndUninstall(t *testing.T) {
 // same, since the runtime takes the copy.
 func TestInstalledNodeReboots(t *testing.T) {
 	t.Parallel()
-	c := plainNodes(t, 2)
-	for _, n := range c.Nodes {
-		installNode(t, n)
-	}
-	helpers := startHelpers(t, c)
-	n, far := c.Nodes[0], addPod(t, c.Nodes[1], "far")
-	cluster.ServeT(t, far)
+	c, helpers, far := installedNodes(t)
+	n := c.Nodes[0]
 	near := addPod(t, n, "near")
 	talk(t, near, far)
 	plain, err := n.ReadFile(primaryFile)
@@ -285,13 +293,8 @@ func TestInstalledInPlace(t *testing.T) {
 // agent rewrites the conflist all the time, and somebody deletes copy and binary.
 func TestInstalledNodeIsKept(t *testing.T) {
 	t.Parallel()
-	c := plainNodes(t, 2)
-	for _, n := range c.Nodes {
-		installNode(t, n)
-	}
-	helpers := startHelpers(t, c)
-	n, far := c.Nodes[0], addPod(t, c.Nodes[1], "far")
-	cluster.ServeT(t, far)
+	c, helpers, far := installedNodes(t)
+	n := c.Nodes[0]
 	plain, err := n.ReadFile(primaryFile)
 	must(t, err)
 	capture := watchUnderlay(t, c)
