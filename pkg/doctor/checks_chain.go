@@ -1,14 +1,13 @@
 package doctor
 
 import (
-	"encoding/json"
 	"fmt"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/install"
 )
 
 // bypassing are the primary plugins whose pods never come by this node's routing,
@@ -52,7 +51,7 @@ func checkConflist(c Chains) Check {
 	case ours == nil:
 		return t.fail(fmt.Sprintf("%s (network %s, plugins %s) does not chain wgcni, and no other does: pods start without it", taken(c.Files[0]), c.Files[0].Network, strings.Join(c.Files[0].Plugins, ", ")),
 			"run `wgcnid install --entry FILE`, or add the wgcni entry to its plugins")
-	case c.Containerd.MaxConfNum >= 0 && c.Containerd.MaxConfNum != 1 && c.Install != nil && c.Install.Mode == "copy":
+	case c.Containerd.MaxConfNum >= 0 && c.Containerd.MaxConfNum != 1 && c.Install != nil && c.Install.Mode == install.Copy:
 		return t.fail(fmt.Sprintf("containerd loads several networks at once (max_conf_num = %d in %s): pods get the network of %s as well, without wgcni", c.Containerd.MaxConfNum, c.Containerd.File, filepath.Base(c.Install.Source)),
 			"set max_conf_num = 1 there and restart containerd, or run `wgcnid install --in-place`")
 	case c.Containerd.ConfDir != "" && filepath.Clean(c.Containerd.ConfDir) != filepath.Clean(c.Dir):
@@ -124,12 +123,12 @@ func checkInstalled(c Chains) Check {
 	source, target := file(r.Source), file(r.Target)
 	mend := "wgcnid renews it within a second while it runs: start it; or run `wgcnid install` again"
 	switch {
-	case r.Stage != "installed":
-		return t.warn("it was stopped half way ("+r.Stage+")", "run `wgcnid install` or `wgcnid uninstall` again, whichever it was: it goes on from there")
+	case r.Stage != install.Installed:
+		return t.warn("it was stopped half way ("+string(r.Stage)+")", "run `wgcnid install` or `wgcnid uninstall` again, whichever it was: it goes on from there")
 	case target == nil:
 		return t.fail("it is gone: pods start without wgcni", mend)
-	case r.Mode != "copy":
-		return t.ok("the entry stands in the primary's own file (" + r.Mode + ")")
+	case r.Mode != install.Copy:
+		return t.ok("the entry stands in the primary's own file (" + string(r.Mode) + ")")
 	case source == nil:
 		return t.warn(r.Source+", which it was made from, is gone; pods still start, by the copy", "if the cluster has another network now, run `wgcnid install --entry FILE` for that; else `wgcnid uninstall`")
 	case target.Error == nil && source.Error == nil && !extends(target.raw, source.raw):
@@ -143,14 +142,9 @@ func checkInstalled(c Chains) Check {
 // istio-cni and linkerd-cni do.
 func extends(chain, base []string) bool {
 	for _, plugin := range chain {
-		if len(base) > 0 && sameJSON(plugin, base[0]) {
+		if len(base) > 0 && install.SameJSON([]byte(plugin), []byte(base[0])) {
 			base = base[1:]
 		}
 	}
 	return len(base) == 0
-}
-
-func sameJSON(a, b string) bool {
-	var x, y any
-	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && reflect.DeepEqual(x, y)
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/containerd"
 	"github.com/wgcni/wgcni/pkg/identity"
+	"github.com/wgcni/wgcni/pkg/install"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/probe"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -114,27 +115,27 @@ func TestExamine(t *testing.T) {
 		{"plugin that is none", func(f *Facts) { f.Chain.PluginError = errors.New("it is another program") }, "version", Fail, "another program", "wgcnid install"},
 		{"several networks", func(f *Facts) {
 			f.Chain.Containerd = containerd.Config{File: "/etc/containerd/config.toml", MaxConfNum: 0}
-			f.Chain.Install = &Installed{Stage: "installed", Mode: "copy", Source: "10-x.conflist", Target: "10-pods.conflist"}
+			f.Chain.Install = &install.Record{Stage: "installed", Mode: "copy", Source: "10-x.conflist", Target: "10-pods.conflist"}
 		}, "conflist", Fail, "max_conf_num = 0", "--in-place"},
 		{"another folder", func(f *Facts) { f.Chain.Containerd.ConfDir = "/etc/other" }, "conflist", Warn, "/etc/other", "--cni-dir /etc/other"},
 		{"copy gone", func(f *Facts) {
-			f.Chain.Install = &Installed{Stage: "installed", Mode: "copy", Source: "10-pods.conflist", Target: "00-wgcni.conflist"}
+			f.Chain.Install = &install.Record{Stage: "installed", Mode: "copy", Source: "10-pods.conflist", Target: "00-wgcni.conflist"}
 		}, "install", Fail, "gone", "wgcnid install"},
 		{"copy stale", func(f *Facts) {
 			f.Chain.Files = []ChainFile{
 				{Name: "00-wgcni.conflist", Plugins: []string{"bridge", "wgcni"}, raw: []string{`{"type":"bridge"}`, `{"type":"wgcni"}`}},
 				{Name: "10-pods.conflist", Plugins: []string{"bridge"}, raw: []string{`{"type":"bridge","mtu":1400}`}},
 			}
-			f.Chain.Install = &Installed{Stage: "installed", Mode: "copy", Source: "10-pods.conflist", Target: "00-wgcni.conflist"}
+			f.Chain.Install = &install.Record{Stage: "installed", Mode: "copy", Source: "10-pods.conflist", Target: "00-wgcni.conflist"}
 		}, "install", Fail, "has changed since", "wgcnid"},
 		{"copy current", func(f *Facts) {
 			f.Chain.Files = []ChainFile{
 				{Name: "00-wgcni.conflist", Plugins: []string{"bridge", "wgcni"}, raw: []string{`{"type":"bridge"}`, `{"type":"wgcni"}`}},
 				{Name: "10-pods.conflist", Plugins: []string{"bridge"}, raw: []string{`{"type":"bridge"}`}},
 			}
-			f.Chain.Install = &Installed{Stage: "installed", Mode: "copy", Source: "10-pods.conflist", Target: "00-wgcni.conflist"}
+			f.Chain.Install = &install.Record{Stage: "installed", Mode: "copy", Source: "10-pods.conflist", Target: "00-wgcni.conflist"}
 		}, "install", OK, "10-pods.conflist", ""},
-		{"stopped half way", func(f *Facts) { f.Chain.Install = &Installed{Stage: "removing", Target: "10-pods.conflist"} }, "install", Warn, "half way", "again"},
+		{"stopped half way", func(f *Facts) { f.Chain.Install = &install.Record{Stage: "removing", Target: "10-pods.conflist"} }, "install", Warn, "half way", "again"},
 		{"pass failed", func(f *Facts) { f.Helper.Report.Error = "no such table" }, "helper", Fail, "no such table", "mend"},
 		{"rival", func(f *Facts) { f.Helper.Report.Rival = true }, "helper", Fail, "another node", "nodeName"},
 		{"first pass", func(f *Facts) { f.Helper.Report = nil }, "helper", Note, "first pass", "wait"},
@@ -284,7 +285,7 @@ func TestGatherChains(t *testing.T) {
 	write(filepath.Join(dir, "05-d.conflist.bak"), `{}`, 0o644)
 	write(filepath.Join(bin, "bridge"), "", 0o644)
 	write(filepath.Join(bin, "wgcni"), "#!/bin/sh\necho 'CNI plugin wgcni v7: x'\n", 0o755)
-	write(filepath.Join(state, "install.json"), `{"stage":"installed","mode":"copy","source":"s","target":"t","plugin":{"path":"`+filepath.Join(bin, "wgcni")+`"}}`, 0o600)
+	write(filepath.Join(state, "install.json"), `{"stage":"installed","mode":"copy","source":"s","target":"t","cniDir":"`+dir+`","entry":"{}","plugin":{"path":"`+filepath.Join(bin, "wgcni")+`"}}`, 0o600)
 	file := filepath.Join(state, "config.toml")
 	write(file, "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.cni]\n  bin_dir = \"/opt/x\"\n  conf_dir = '/etc/x'\n  # max_conf_num = 9\n  max_conf_num = 3\n", 0o644)
 	before := containerdFile

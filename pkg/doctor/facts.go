@@ -8,6 +8,7 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/containerd"
+	"github.com/wgcni/wgcni/pkg/install"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/probe"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -47,7 +48,7 @@ type Chains struct {
 	// PluginVersion is the wgcni binary's; PluginError says why it has none.
 	PluginVersion string
 	PluginError   error
-	Install       *Installed        // nil: not by `wgcnid install`
+	Install       *install.Record   // nil: not by `wgcnid install`
 	Containerd    containerd.Config // as far as it is readable
 }
 
@@ -58,17 +59,6 @@ type ChainFile struct {
 	Network string
 	Plugins []string // types, in their order
 	raw     []string // the plugins' JSON, compact
-}
-
-// Installed is as much of `wgcnid install`'s record as matters here.
-type Installed struct {
-	Stage  string `json:"stage"` // "installed", but where it was stopped half way
-	Mode   string `json:"mode"`  // "copy", "in-place" or "by-hand"
-	Source string `json:"source"`
-	Target string `json:"target"`
-	Plugin struct {
-		Path string `json:"path"`
-	} `json:"plugin"`
 }
 
 // Helper is `wgcnid run`.

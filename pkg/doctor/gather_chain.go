@@ -16,6 +16,7 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/containerd"
+	"github.com/wgcni/wgcni/pkg/install"
 )
 
 // containerdFile is where containerd reads its configuration; it is a variable of
@@ -34,14 +35,8 @@ func GatherChains(ctx context.Context, dir, binDir string, c config.Config) Chai
 		}
 	}
 	installed := ""
-	if text, err := os.ReadFile(filepath.Join(cmp.Or(c.StateDir, config.DefaultStateDir), "install.json")); err == nil {
-		var record Installed
-		if json.Unmarshal(text, &record) == nil {
-			out.Install = &record
-		}
-		if record.Plugin.Path != "" {
-			installed = filepath.Dir(record.Plugin.Path)
-		}
+	if record, err := install.Load(cmp.Or(c.StateDir, config.DefaultStateDir)); err == nil {
+		out.Install, installed = &record, filepath.Dir(record.Plugin.Path)
 	}
 	out.BinDir = cmp.Or(binDir, installed, out.Containerd.BinDir, containerd.DefaultBinDir)
 	if ours := out.ours(); ours != nil {

@@ -287,7 +287,7 @@ func (k *keeper) keepInPlace(f folder, r *Record) error {
 			return err
 		}
 		text := l.plugins[l.ours(n.list)[0]].of(n.list)
-		if _, err := config.Parse(text); err == nil && !sameJSON(text, []byte(r.Entry)) {
+		if _, err := config.Parse(text); err == nil && !SameJSON(text, []byte(r.Entry)) {
 			k.log.Info("installation: the entry was changed, and is kept as it is now", "file", path)
 			r.Entry = string(text)
 		}

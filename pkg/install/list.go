@@ -320,8 +320,8 @@ func Entry(text []byte) ([]byte, error) {
 	return text, nil
 }
 
-// sameJSON reports whether two texts are the same value, however they are laid out.
-func sameJSON(a, b []byte) bool {
+// SameJSON reports whether two texts are the same value, however they are laid out.
+func SameJSON(a, b []byte) bool {
 	x, err := decode(a)
 	if err != nil {
 		return false
@@ -349,12 +349,12 @@ func extends(list, base []byte) bool {
 	}
 	delete(l, "plugins")
 	delete(b, "plugins")
-	if !maps.EqualFunc(l, b, func(x, y json.RawMessage) bool { return sameJSON(x, y) }) {
+	if !maps.EqualFunc(l, b, func(x, y json.RawMessage) bool { return SameJSON(x, y) }) {
 		return false
 	}
 	for _, p := range plugins {
 		switch {
-		case len(wanted) > 0 && sameJSON(p, wanted[0]):
+		case len(wanted) > 0 && SameJSON(p, wanted[0]):
 			wanted = wanted[1:]
 		case typeOf(p) == config.PluginType:
 			return false

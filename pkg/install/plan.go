@@ -237,6 +237,6 @@ func (f folder) deleteCopies(but, why string) (out []Change) {
 func chainsEntry(data []byte, entry string) bool {
 	l, err := scan(data)
 	return err == nil && slices.ContainsFunc(l.ours(data), func(i int) bool {
-		return sameJSON(l.plugins[i].of(data), []byte(entry))
+		return SameJSON(l.plugins[i].of(data), []byte(entry))
 	})
 }

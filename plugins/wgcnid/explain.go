@@ -16,7 +16,6 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/explain"
-	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -90,23 +89,15 @@ func explainPacket(ctx context.Context, o options, source, destination string, f
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	now := time.Now()
-	known, public, err := readNode(ctx, c, k, now)
+	v, err := viewNode(ctx, c, k, now)
 	if err != nil {
 		return e, err
 	}
-	trust, _ := reconcile.ReadTrust(c) // the kernel has the keys that count
-	pass := reconcile.Pass{
-		Config: c, Kernel: k, Known: known, Key: public, Pairs: identity.NewPairs(public, trust.Secrets), Context: mesh.Context{Now: now},
-	}
-	outcome, err := pass.Compare(ctx)
-	if err != nil {
-		return e, err
-	}
-	d := directory(c, public, known, outcome)
+	d := directory(c, v.public, v.known, v.outcome)
 	if d.Addresses, err = k.OwnAddresses(); err != nil {
 		return e, err
 	}
-	f := factsOf(c, d, outcome, flow, now)
+	f := factsOf(c, d, v.outcome, flow, now)
 	if f.Source, f.Destination, err = d.Find(source, destination); err != nil {
 		return e, err
 	}

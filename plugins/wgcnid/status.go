@@ -22,6 +22,7 @@ import (
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
+	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/store"
 )
 
@@ -142,24 +143,14 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	now := time.Now()
-	known, public, err := readNode(ctx, c, k, now)
+	v, err := viewNode(ctx, c, k, now)
 	if err != nil {
 		return Status{}, err
 	}
-	trust, secretsErr := reconcile.ReadTrust(c)
-	pass := reconcile.Pass{
-		Config: c, Kernel: k, Known: known, Key: public, Pairs: identity.NewPairs(public, trust.Secrets), Context: mesh.Context{Now: now},
-	}
-	outcome, err := pass.Compare(ctx)
-	if err != nil {
-		return Status{}, err
-	}
-	if secretsErr != nil {
-		takePresharedKeys(&outcome, pass.Context)
-	}
+	known, public, outcome := v.known, v.public, v.outcome
 	s := Status{
 		Time: now, Node: c.NodeName, Encryption: c.Encryption,
-		Helper: reconcile.HelperAlive(c.RunDir), Registry: openStore(c.Registry).String(), Seal: sealStatus(trust, secretsErr, known.Records),
+		Helper: reconcile.HelperAlive(c.RunDir), Registry: openStore(c.Registry).String(), Seal: sealStatus(v.trust, v.secretsErr, known.Records),
 		Pods: len(outcome.Pods), Prefixes: outcome.Plan.Filter.Local,
 		Peers: peerStatuses(outcome, now),
 	}
@@ -191,6 +182,30 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	}
 	s.OK, s.Answer, s.Verdict = verdict(s, c, reconcile.Forgotten(c.NodeName, public, known))
 	return s, nil
+}
+
+// nodeView is what this node knows, and its kernel against the plan that follows.
+type nodeView struct {
+	known      store.Known
+	public     wgtypes.Key // zero: it has none yet
+	trust      registry.Trust
+	secretsErr error // why the secrets cannot be read; the kernel's keys then count as planned
+	outcome    reconcile.Outcome
+}
+
+// viewNode looks at this node, and changes nothing.
+func viewNode(ctx context.Context, c config.Config, k *kernel.Kernel, now time.Time) (v nodeView, err error) {
+	if v.known, v.public, err = readNode(ctx, c, k, now); err != nil {
+		return v, err
+	}
+	v.trust, v.secretsErr = reconcile.ReadTrust(c)
+	pass := reconcile.Pass{
+		Config: c, Kernel: k, Known: v.known, Key: v.public, Pairs: identity.NewPairs(v.public, v.trust.Secrets), Context: mesh.Context{Now: now},
+	}
+	if v.outcome, err = pass.Compare(ctx); err == nil && v.secretsErr != nil {
+		takePresharedKeys(&v.outcome, pass.Context)
+	}
+	return v, err
 }
 
 // readNode reads what this node knows of the mesh, and its public key: zero if
