@@ -4,12 +4,24 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 )
 
 // EchoPort is where the servers of [ServeT] listen.
 const EchoPort = 7777
+
+// Main is TestMain for packages whose tests make clusters: they need root, and fail
+// without.
+func Main(m *testing.M) {
+	Init()
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "these tests make network namespaces: run them as root")
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
 
 // NewMeshT makes a cluster of nodes that have all joined, with some pods on each,
 // in the nodes' order. It fails the test where that cannot be done.

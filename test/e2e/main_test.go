@@ -3,18 +3,9 @@
 package e2e
 
 import (
-	"fmt"
-	"os"
 	"testing"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-func TestMain(m *testing.M) {
-	cluster.Init()
-	if os.Geteuid() != 0 {
-		fmt.Fprintln(os.Stderr, "the end-to-end tests make network namespaces: run them as root")
-		os.Exit(1)
-	}
-	os.Exit(m.Run())
-}
+func TestMain(m *testing.M) { cluster.Main(m) }
