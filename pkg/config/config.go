@@ -30,8 +30,10 @@ const (
 	// DefaultRulePriority comes after the local table (0) and Cilium's (100),
 	// before AWS VPC CNI (512), Tailscale (5210), KubeSpan (32500) and main (32766).
 	DefaultRulePriority = 110
-	DefaultRunDir       = "/run/wgcni"
-	DefaultStateDir     = "/var/lib/wgcni"
+	// LeastKeyRotation leaves a rotation that waits for a node time to be seen.
+	LeastKeyRotation = time.Hour
+	DefaultRunDir    = "/run/wgcni"
+	DefaultStateDir  = "/var/lib/wgcni"
 )
 
 // Config is a validated stanza.
@@ -68,6 +70,10 @@ type Config struct {
 	// It is true without a SecretFile.
 	AcceptUnsealed bool
 
+	// KeyRotation is how old the node's key becomes before it is replaced, at least
+	// LeastKeyRotation; 0: until a rotation is ordered.
+	KeyRotation time.Duration
+
 	RunDir   string
 	StateDir string
 
@@ -76,6 +82,9 @@ type Config struct {
 	Bare bool
 	// Source is the file that the stanza was read from, if it was.
 	Source []byte
+	// PassedOver is a conflist that comes before that file, but is no JSON: "" if there is
+	// none. Runtimes pass over it as well.
+	PassedOver string
 }
 
 // String names what the configuration is about; it holds no secret.
@@ -117,7 +126,7 @@ func Parse(stanza []byte) (Config, error) {
 		StateDir: or(raw.StateDir, DefaultStateDir),
 	}
 	for _, check := range []func(*Config, rawStanza) error{
-		checkCIDRs, checkExternal, checkPlace, checkEncryption, checkNames, checkNumbers, checkMark, checkEndpoint, checkRegistry, checkSecret, checkPaths, checkNodes,
+		checkCIDRs, checkExternal, checkPlace, checkEncryption, checkNames, checkNumbers, checkRotation, checkMark, checkEndpoint, checkRegistry, checkSecret, checkPaths, checkNodes,
 	} {
 		if err := check(&c, raw); err != nil {
 			return Config{}, err
@@ -210,6 +219,9 @@ func checkNames(c *Config, raw rawStanza) error {
 	if len(c.NodeName) > 253 || !wellFormed(c.NodeName, lower+digits, lower+digits+"-.", lower+digits) {
 		return &Error{"nodeName", strconv.Quote(c.NodeName) + " is not a DNS name (RFC 1123)", "use lower case letters, digits, - and ."}
 	}
+	if c.Interface == mesh.SpareInterface(c.Interface) {
+		return &Error{"interface", strconv.Quote(c.Interface) + " is the name that its second interface would have", "use up to 14 characters, or another one at the end"}
+	}
 	if len(c.Interface) > 15 || !wellFormed(c.Interface, alnum, alnum+"_.-", alnum+"_.-") {
 		return &Error{"interface", strconv.Quote(c.Interface) + " is not an interface name", "use up to 15 letters, digits, - _ and ."}
 	}
@@ -243,6 +255,35 @@ func checkNumbers(c *Config, raw rawStanza) error {
 		c.MTU = *raw.MTU
 	}
 	c.Keepalive = time.Duration(raw.Keepalive) * time.Second
+	return nil
+}
+
+func checkRotation(c *Config, raw rawStanza) error {
+	// The last port there is has none after it.
+	c.SparePort = c.ListenPort + 1
+	if c.ListenPort == 65535 {
+		c.SparePort = c.ListenPort - 1
+	}
+	if raw.RotationPort != nil {
+		if c.SparePort = *raw.RotationPort; c.SparePort < 1 || c.SparePort > 65535 {
+			return &Error{"rotationPort", fmt.Sprintf("%d is out of range", c.SparePort), "use 1 to 65535"}
+		}
+		if c.SparePort == c.ListenPort {
+			return &Error{"rotationPort", fmt.Sprintf("%d is listenPort as well", c.SparePort), "use two: while a key is replaced, both are in use"}
+		}
+	}
+	if raw.KeyRotation == nil {
+		return nil
+	}
+	const want = `write a time of at least an hour, for example "720h" for 30 days, or leave it out`
+	every, err := time.ParseDuration(*raw.KeyRotation)
+	if err != nil {
+		return &Error{"keyRotation", strconv.Quote(*raw.KeyRotation) + " is no time", want}
+	}
+	if every < LeastKeyRotation && every != 0 {
+		return &Error{"keyRotation", every.String() + " is too short", want}
+	}
+	c.KeyRotation = every
 	return nil
 }
 

@@ -123,6 +123,17 @@ var wrongs = []wrong{
 	{object(`"listenPort": 51820.5`), "listenPort", "whole number"},
 	{object(`"listenPort": 0`), "listenPort", "1 to 65535"},
 	{object(`"listenPort": 65536`), "listenPort", "1 to 65535"},
+	{object(`"interface": "a-name-of-15chx"`), "interface", "its second interface"},
+	{object(`"rotationPort": "51821"`), "rotationPort", "whole number"},
+	{object(`"rotationPort": 0`), "rotationPort", "1 to 65535"},
+	{object(`"rotationPort": 65536`), "rotationPort", "1 to 65535"},
+	{object(`"rotationPort": 51820`), "rotationPort", "51820 is listenPort as well"},
+	{object(`"listenPort": 7000, "rotationPort": 7000`), "rotationPort", "7000 is listenPort as well"},
+	{object(`"keyRotation": 720`), "keyRotation", "string"},
+	{object(`"keyRotation": ""`), "keyRotation", `"" is no time`},
+	{object(`"keyRotation": "30d"`), "keyRotation", `"720h" for 30 days`},
+	{object(`"keyRotation": "59m"`), "keyRotation", "59m0s is too short"},
+	{object(`"keyRotation": "-2h"`), "keyRotation", "too short"},
 	{object(`"mtu": "1420"`), "mtu", "whole number"},
 	{object(`"mtu": 0`), "mtu", "576"},
 	{object(`"mtu": 575`), "mtu", "576"},
@@ -347,7 +358,9 @@ var values = map[string]struct {
 	"nodeName":          {`"node-b.example.org"`, func(c *Config) { c.NodeName = "node-b.example.org" }},
 	"endpoint":          {`"[2001:db8::1]:51821"`, func(c *Config) { c.Endpoint = "[2001:db8::1]:51821" }},
 	"interface":         {`"wg.pods_1-a"`, func(c *Config) { c.Interface = "wg.pods_1-a" }},
-	"listenPort":        {`1`, func(c *Config) { c.ListenPort = 1 }},
+	"listenPort":        {`1`, func(c *Config) { c.ListenPort, c.SparePort = 1, 2 }},
+	"rotationPort":      {`51819`, func(c *Config) { c.SparePort = 51819 }},
+	"keyRotation":       {`"720h"`, func(c *Config) { c.KeyRotation = 30 * 24 * time.Hour }},
 	"mtu":               {`576`, func(c *Config) { c.MTU = 576 }},
 	"keepalive":         {`25`, func(c *Config) { c.Keepalive = 25 * time.Second }},
 	"fwmark":            {`"0x10"`, func(c *Config) { c.FwMark = 0x10 }},
@@ -365,7 +378,7 @@ func defaults() Config {
 		NodeName: "node-a",
 		Settings: mesh.Settings{
 			ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, Encryption: mesh.Required,
-			Interface: "wgcni0", ListenPort: 51820, FwMark: 0x4, Table: 0x7767, RulePriority: 110,
+			Interface: "wgcni0", ListenPort: 51820, SparePort: 51821, FwMark: 0x4, Table: 0x7767, RulePriority: 110,
 		},
 		Registry: Registry{Type: "file", Path: "/srv/mesh.json"},
 		RunDir:   "/run/wgcni", StateDir: "/var/lib/wgcni",
@@ -421,6 +434,11 @@ func TestParse(t *testing.T) {
 			check(object(fmt.Sprintf("%q: %s", key, value)), defaults())
 		}
 	}
+	last := defaults()
+	last.ListenPort, last.SparePort = 65535, 65534
+	check(object(`"listenPort": 65535`), last)
+	check(object(`"keyRotation": "0"`), defaults())
+	check(object(`"interface": "a-name-of-14-x"`), func() Config { c := defaults(); c.Interface = "a-name-of-14-x"; return c }())
 	want := defaults()
 	want.Name, want.CNIVersion = "pods", "1.1.0"
 	check(object(`"type": "wgcni", "name": "pods", "cniVersion": "1.1.0"`), want)
@@ -638,7 +656,7 @@ func FuzzStanza(f *testing.F) {
 				t.Errorf("%v", err)
 			}
 		default:
-			if len(c.ClusterCIDRs) == 0 || c.ListenPort < 1 || c.ListenPort > 65535 || c.FwMark&(c.FwMark-1) != 0 || c.FwMark == 0 ||
+			if len(c.ClusterCIDRs) == 0 || c.ListenPort < 1 || c.ListenPort > 65535 || c.SparePort < 1 || c.SparePort > 65535 || c.SparePort == c.ListenPort || c.FwMark&(c.FwMark-1) != 0 || c.FwMark == 0 ||
 				c.RunDir == c.StateDir || c.NodeName == "" || c.MTU != 0 && c.MTU < mesh.LeastMTU(c.ClusterCIDRs) ||
 				c.SecretFile == "" && !c.AcceptUnsealed || c.SecretFile != "" && !filepath.IsAbs(c.SecretFile) || !soundRegistry(c.Registry) {
 				t.Errorf("accepted: %+v", c)

@@ -35,34 +35,16 @@ type conflist struct {
 	Plugins    []json.RawMessage `json:"plugins"`
 }
 
-// LastFile is where the helper leaves the file that it read its stanza from, in
-// its state folder: a node leaves the mesh after the entry was taken out.
-const LastFile = "last.conflist"
-
-// LoadLast is Load without a path; where no configuration chains wgcni any more
-// it reads the last one that did.
-func LoadLast(dir string) (Config, error) {
-	c, err := Load("", dir)
-	if !errors.Is(err, ErrNotChained) {
-		return c, err
-	}
-	last, lastErr := Load(filepath.Join(DefaultStateDir, LastFile), dir)
-	if lastErr != nil {
-		return c, err
-	}
-	return last, nil
-}
-
 // Load reads the stanza from a conflist, or from a file that is a bare stanza.
 // With an empty path it takes the first conflist in dir that chains wgcni.
 // Where the stanza names no podCIDRs they are found, see FindPodCIDRs.
 func Load(path, dir string) (Config, error) {
+	passed := ""
 	if path == "" {
-		found, err := find(dir)
-		if err != nil {
+		var err error
+		if path, passed, err = find(dir); err != nil {
 			return Config{}, err
 		}
-		path = found
 	}
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -72,7 +54,7 @@ func Load(path, dir string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("%s: %w", path, err)
 	}
-	c.Source = data
+	c.Source, c.PassedOver = data, passed
 	return c, nil
 }
 
@@ -117,11 +99,12 @@ func typeOf(stanza json.RawMessage) string {
 	return head.Type
 }
 
-// find returns the first conflist, in the order of their names, that chains wgcni.
-func find(dir string) (string, error) {
+// find returns the first conflist, in the order of their names, that chains wgcni, and
+// one before it, if any, that is no JSON.
+func find(dir string) (path, passed string, err error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err
+		return "", "", err
 	}
 	for _, e := range entries { // sorted by name
 		if e.IsDir() || filepath.Ext(e.Name()) != ".conflist" {
@@ -130,14 +113,16 @@ func find(dir string) (string, error) {
 		path := filepath.Join(dir, e.Name())
 		data, err := os.ReadFile(path)
 		if err != nil {
-			return "", err
+			return "", "", err
 		}
 		var list conflist
-		if json.Unmarshal(data, &list) == nil && slices.ContainsFunc(list.Plugins, isOurs) {
-			return path, nil
+		if json.Unmarshal(data, &list) != nil {
+			passed = path
+		} else if slices.ContainsFunc(list.Plugins, isOurs) {
+			return path, passed, nil
 		}
 	}
-	return "", fmt.Errorf("%w in %s: `wgcnid install --entry FILE` adds it; on a machine with no CNI give the file with --config", ErrNotChained, dir)
+	return "", "", fmt.Errorf("%w in %s: `wgcnid install --entry FILE` adds it; on a machine with no CNI give the file with --config", ErrNotChained, dir)
 }
 
 // FindPodCIDRs looks up the ranges of this node for a network whose stanza does

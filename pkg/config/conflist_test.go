@@ -65,6 +65,9 @@ func TestLoadFromFolder(t *testing.T) {
 			if err != nil || c.Name != tt.want || c.CNIVersion != "1.0.0" {
 				t.Errorf("%v, %v", c, err)
 			}
+			if broken := tt.name == "after one that is broken"; broken != (c.PassedOver == filepath.Join(dir, "05-x.conflist")) || !broken && c.PassedOver != "" {
+				t.Errorf("passed over %q", c.PassedOver)
+			}
 		})
 	}
 	missing := filepath.Join(t.TempDir(), "net.d")

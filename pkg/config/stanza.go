@@ -47,6 +47,8 @@ type rawStanza struct {
 	Endpoint          string       `json:"endpoint"`
 	Interface         string       `json:"interface"`
 	ListenPort        *int         `json:"listenPort"`
+	RotationPort      *int         `json:"rotationPort"`
+	KeyRotation       *string      `json:"keyRotation"`
 	MTU               *int         `json:"mtu"`
 	Keepalive         int          `json:"keepalive"`
 	FwMark            *number      `json:"fwmark"`

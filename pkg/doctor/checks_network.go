@@ -146,7 +146,18 @@ func checkForward(f Facts) Check {
 	if f.Config.Bare && len(f.Config.Subnets) == 0 {
 		return t.ok("this machine has no pods")
 	}
-	link := f.Config.Interface
+	for _, link := range []string{f.Config.Interface, mesh.SpareInterface(f.Config.Interface)} {
+		if c, dropped := f.forwardBy(t, link); dropped {
+			return c
+		}
+	}
+	return t.ok("nothing drops them for certain")
+}
+
+// forwardBy is checkForward, of one of the two interfaces. The spare one is needed
+// while keys are rotated.
+func (f Facts) forwardBy(t topic, link string) (c Check, dropped bool) {
+	spare := link != f.Config.Interface
 	for _, v6 := range f.families() {
 		pod, far := f.localAddress(v6), f.remoteAddress(v6)
 		if !pod.IsValid() {
@@ -163,12 +174,18 @@ func checkForward(f Facts) Check {
 			{"from pods into the tunnel", out, fmt.Sprintf("oifname %q accept", link), "-o " + link},
 			{"from the tunnel to pods", in, fmt.Sprintf("iifname %q accept", link), "-i " + link},
 		} {
-			if fate := f.Rules.Judge(way.packet, HookForward); fate.Dropped == Yes {
-				return t.fail(fmt.Sprintf("what goes %s is dropped by %s", way.name, fate), fate.insert(way.rule, way.ipt)+", and keep that in the firewall's own configuration")
+			fate := f.Rules.Judge(way.packet, HookForward)
+			mend := fate.insert(way.rule, way.ipt) + ", and keep that in the firewall's own configuration"
+			switch {
+			case fate.Dropped != Yes:
+			case spare && f.Plan.Observed.Spare.Link.Name == "":
+				return t.note(fmt.Sprintf("what goes %s by %s, as it does while keys are rotated, will be dropped by %s", way.name, link, fate), mend), true
+			default:
+				return t.fail(fmt.Sprintf("what goes %s is dropped by %s", way.name, fate), mend), true
 			}
 		}
 	}
-	return t.ok("nothing drops them for certain")
+	return Check{}, false
 }
 
 // localAddress is one of a pod here, or could be.
@@ -186,6 +203,11 @@ func (f Facts) localAddress(v6 bool) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// tunnel reports whether an interface is one of the two that encrypt.
+func (f Facts) tunnel(link string) bool {
+	return link == f.Config.Interface || link == mesh.SpareInterface(f.Config.Interface)
 }
 
 // remoteAddress is one behind some peer; invalid where there is none.
@@ -282,7 +304,7 @@ func checkRoutes(f Facts) Check {
 		if p.RouteErr != nil {
 			return t.fail(fmt.Sprintf("the kernel has no way to %s (%s): %v", p.Address, p.Name, p.RouteErr), "wgcnid sets the routes within seconds, if it runs; see \"Policy rules\"")
 		}
-		if p.Route != f.Config.Interface {
+		if !f.tunnel(p.Route) {
 			return t.fail(fmt.Sprintf("the kernel sends to %s (%s) by %s, not by %s", p.Address, p.Name, p.Route, f.Config.Interface),
 				fmt.Sprintf("find the rule or route with `ip route get %s` and `ip rule`, and remove it", p.Address))
 		}
@@ -308,7 +330,7 @@ func checkManagers(f Facts) Check {
 	switch {
 	case slices.Contains(f.Network.Managers, "NetworkManager"):
 		return t.note("NetworkManager runs, and is not told to leave "+f.Config.Interface+" alone",
-			fmt.Sprintf("write \"[keyfile]\\nunmanaged-devices=interface-name:%s\" to /etc/NetworkManager/conf.d/wgcni.conf, then `nmcli general reload`", f.Config.Interface))
+			fmt.Sprintf("write \"[keyfile]\\nunmanaged-devices=interface-name:%s*\" to /etc/NetworkManager/conf.d/wgcni.conf, then `nmcli general reload`", f.Config.Interface))
 	case slices.Contains(f.Network.Managers, "systemd-networkd"):
 		return t.note("systemd-networkd removes rules and routes of others when it restarts; wgcnid puts them back within seconds",
 			"write \"[Network]\\nManageForeignRoutingPolicyRules=no\\nManageForeignRoutes=no\" to /etc/systemd/networkd.conf.d/wgcni.conf")

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -37,6 +38,9 @@ func checkKey(f Facts) Check {
 		return t.fail("this node has no key yet: "+f.Files.KeyError.Error(), "start wgcnid, which makes one")
 	case f.Files.KeyError != nil:
 		return t.fail(f.Files.KeyError.Error(), "mend what it says; a key that is lost for good is made anew by wgcnid: restart it, and the other nodes learn the new one")
+	case f.Files.NextMode&0o077 != 0:
+		return t.fail(fmt.Sprintf("others may read %s, the key that it is replaced by (mode %04o)", f.Files.NextPath, f.Files.NextMode),
+			fmt.Sprintf("`rm %s` and restart wgcnid, which makes another; while a rotation is going on: `chmod 600 %s`, and rotate once more", f.Files.NextPath, f.Files.NextPath))
 	case f.Files.StateMode&0o022 != 0:
 		return t.warn(fmt.Sprintf("others may put another in its place (mode %04o of %s)", f.Files.StateMode, filepath.Dir(f.Files.KeyPath)), "chmod 700 "+filepath.Dir(f.Files.KeyPath))
 	}
@@ -100,13 +104,13 @@ func checkPort(f Facts) Check {
 	switch {
 	case l.Name == "":
 		if len(f.Tunnel.Holders) > 0 && f.Tunnel.Holders[0].PID != 0 {
-			return t.fail(fmt.Sprintf("%s, and %s is not there", f.holders(), f.Config.Interface), f.portMend())
+			return t.fail(fmt.Sprintf("%s, and %s is not there", holdersText(f.Tunnel.Holders), f.Config.Interface), f.portMend())
 		}
 		return t.ok("nobody: " + f.Config.Interface + " is not there")
 	case l.ListenPort == port && l.Up:
 		return t.ok(f.Config.Interface + " does")
 	case len(f.Tunnel.Holders) > 0:
-		return t.fail(fmt.Sprintf("%s; WireGuard cannot have it, so that no peer reaches this node", f.holders()), f.portMend())
+		return t.fail(fmt.Sprintf("%s; WireGuard cannot have it, so that no peer reaches this node", holdersText(f.Tunnel.Holders)), f.portMend())
 	}
 	if l.ListenPort == port {
 		return t.fail(f.Config.Interface+" would, and is down", "see \"WireGuard\"")
@@ -114,9 +118,9 @@ func checkPort(f Facts) Check {
 	return t.fail(fmt.Sprintf("%s listens on %d instead", f.Config.Interface, l.ListenPort), "wgcnid sets it within seconds; if it stays, its log says why")
 }
 
-func (f Facts) holders() string {
+func holdersText(holders []Holder) string {
 	var out []string
-	for _, h := range f.Tunnel.Holders {
+	for _, h := range holders {
 		if h.PID == 0 {
 			out = append(out, "a program that cannot be seen from here (in another container, or the kernel)")
 			continue
@@ -145,8 +149,22 @@ func checkTables(f Facts) Check {
 		return t.fail("its chains or rules were changed", mend)
 	case observed.Interface == "" && f.Plan.State.Filter.Interface != "":
 		return t.fail("it is missing: nothing holds plaintext back", mend)
+	case f.Plan.Unverified && !f.strictUplinks():
+		return t.note("whole, but this kernel cannot tell where packets come from: whoever is next to this node reaches its pods, one way, with the address of one of them as source",
+			"Linux 5.18 or later can; for IPv4 `sysctl -w net.ipv4.conf.all.rp_filter=1` does the same")
 	}
 	return t.ok("whole")
+}
+
+// strictUplinks reports whether all uplinks refuse what would not be answered by them.
+func (f Facts) strictUplinks() bool {
+	for _, name := range f.Network.Uplinks {
+		// The greater of all and the interface's own counts (IN_DEV_RPFILTER).
+		if max(f.Network.ReversePath["all"], f.Network.ReversePath[name]) != 1 {
+			return false
+		}
+	}
+	return len(f.Network.Uplinks) > 0 && !slices.Contains(f.families(), true) // there is none for IPv6
 }
 
 // checkPlan names what differs, and leaves out what another check has said.

@@ -61,7 +61,7 @@ func checkPeer(f Facts, p Peer) Check {
 		return c
 	case f.Quick, !p.Address.IsValid():
 		return checkHandshake(f, t, p, fresh)
-	case p.RouteErr != nil, p.Route != "" && p.Route != f.Config.Interface:
+	case p.RouteErr != nil, p.Route != "" && !f.tunnel(p.Route):
 		return t.fail(handshakeText(p.Have, f.Now)+", but what this machine sends it does not enter the tunnel", "see \"Routes\"")
 	case fresh && p.Have.ReceiveBytes > p.Before.ReceiveBytes:
 		return t.warn(fmt.Sprintf("%s, but no answer from %s to a ping", handshakeText(p.Have, f.Now), p.Address),

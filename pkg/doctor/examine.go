@@ -5,7 +5,7 @@ func Examine(f Facts) []Check {
 	var out []Check
 	out = append(out, ExamineChains(f.Chain, &f)...)
 	for _, check := range []func(Facts) Check{
-		checkHelper, checkKey, checkSecret, checkWireGuard, checkPort, checkTables, checkPlan,
+		checkHelper, checkKey, checkRotation, checkSecret, checkWireGuard, checkPort, checkTables, checkPlan,
 		checkRegistry, checkRecord, checkConflicts, checkClock,
 		checkUnderlay, checkFirewall, checkForward, checkForwarding, checkReversePath,
 		checkRules, checkRoutes, checkMark, checkManagers,

@@ -37,7 +37,7 @@ var (
 // wellFacts are those of a node at which nothing is wrong.
 func wellFacts() Facts {
 	settings := mesh.Settings{
-		ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, Interface: "wgcni0", ListenPort: 51820,
+		ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, Interface: "wgcni0", ListenPort: 51820, SparePort: 51821,
 		FwMark: 4, Table: 30567, RulePriority: 110,
 	}
 	revision := uint64(now.Add(-time.Hour).UnixMilli())
@@ -53,7 +53,10 @@ func wellFacts() Facts {
 			Files: []ChainFile{{Name: "10-pods.conflist", Network: "pods", Plugins: []string{"bridge", "wgcni", "portmap"}}},
 		},
 		Helper: Helper{Running: true, Report: &reconcile.Report{At: now}},
-		Files:  Files{KeyPath: "/var/lib/wgcni/private.key", KeyMode: 0o600, StateMode: 0o700, SecretPath: "/etc/wgcni/secret", SecretIDs: 1},
+		Files: Files{
+			KeyPath: "/var/lib/wgcni/private.key", KeyMode: 0o600, StateMode: 0o700, SecretPath: "/etc/wgcni/secret", SecretIDs: 1,
+			NextPath: "/var/lib/wgcni/next.key", NextMode: 0o600, Keys: identity.Keys{Current: keyA, Next: wgtypes.Key{9}, Since: now.Add(-time.Hour)},
+		},
 		Tunnel: Tunnel{KernelHasIt: true, Kind: "wireguard"},
 		Plan:   Plan{Observed: state, State: state, Pods: []store.Attachment{{ContainerID: "x", Addresses: []netip.Addr{netip.MustParseAddr("10.244.1.2")}}}},
 		Mesh: Mesh{
@@ -70,6 +73,17 @@ func wellFacts() Facts {
 			Whole: probe.Answer{Answered: true}, WholeSize: 1500,
 		}},
 	}
+}
+
+// rotating has the key of node a be replaced for so long, and wait for these.
+func rotating(f *Facts, since time.Duration, waits ...string) {
+	b, laptop := registry.Record{Name: "b", Rotation: registry.Rotation{SparePort: 7001}}, registry.Record{Name: "laptop", Place: registry.Place{Via: []string{"a"}}}
+	f.Mesh.Known.Records = registry.NewSnapshot(registry.Record{Name: "a"}, b, laptop)
+	r := reconcile.RotationReport{Stage: mesh.Out, Since: f.Now.Add(-since), Pairs: 5, Moved: 3}
+	for _, name := range waits {
+		r.Waiting = append(r.Waiting, reconcile.RotationWait{Node: name, Why: "no handshake"})
+	}
+	f.Files.Keys.Stage, f.Helper.Report.Rotation = mesh.Out, &r
 }
 
 func TestExamineWell(t *testing.T) {
@@ -137,6 +151,26 @@ func TestExamine(t *testing.T) {
 		}, "install", OK, "10-pods.conflist", ""},
 		{"stopped half way", func(f *Facts) { f.Chain.Install = &install.Record{Stage: "removing", Target: "10-pods.conflist"} }, "install", Warn, "half way", "again"},
 		{"pass failed", func(f *Facts) { f.Helper.Report.Error = "no such table" }, "helper", Fail, "no such table", "mend"},
+		{"next key for all to read", func(f *Facts) { f.Files.NextMode = 0o644 }, "key", Fail, "next.key, the key that it is replaced by (mode 0644)", "rm /var/lib/wgcni/next.key"},
+		{"keys damaged", func(f *Facts) { f.Files.KeysError = errors.New("rotation.json is damaged: delete it") }, "rotation", Fail, "rotation.json is damaged", "do what it says"},
+		{"no key at all", func(f *Facts) { f.Files.KeysError, f.Files.KeyError = identity.ErrNoKey, identity.ErrNoKey }, "rotation", OK, "Private key", ""},
+		{"no next key", func(f *Facts) { f.Files.Keys.Next = wgtypes.Key{} }, "rotation", Warn, "no next key (/var/lib/wgcni/next.key)", "restart wgcnid"},
+		{"spare port taken", func(f *Facts) { f.Tunnel.SpareHolders = []Holder{{12, "dnsd"}} }, "rotation", Warn, "UDP port 51821 is taken by process 12 (dnsd)", "rotationPort"},
+		{"spare port taken when it counts", func(f *Facts) {
+			f.Tunnel.SpareHolders, f.Files.Keys.Stage = []Holder{{}}, mesh.Out
+		}, "rotation", Fail, "cannot be seen", "ss -ulpn sport = :51821"},
+		{"rotating without helper", func(f *Facts) { f.Files.Keys.Stage, f.Helper.Running = mesh.Back, false }, "rotation", Warn, "wgcnid does not run", "start wgcnid"},
+		{"ordered without helper", func(f *Facts) { f.Files.Ordered, f.Helper.Running = true, false }, "rotation", Warn, "wgcnid does not run", "start wgcnid"},
+		{"rotating", func(f *Facts) { rotating(f, time.Second) }, "rotation", OK, "3 of 5 pairs have moved", ""},
+		{"rotation waits", func(f *Facts) { rotating(f, time.Minute, "b") }, "rotation", Note, "waits for b (no handshake)", ""},
+		{"rotation waits for long", func(f *Facts) { rotating(f, time.Hour, "b") }, "rotation", Warn, "waits for b (no handshake)", "b: see that wgcnid runs there, and let UDP port 7001 in there and 51821 in here; or cut them off"},
+		{"rotation waits for an older version", func(f *Facts) { rotating(f, time.Hour, "a") }, "rotation", Warn, "waits for a", "a: update wgcni there"},
+		{"rotation waits for a plain machine", func(f *Facts) { rotating(f, time.Hour, "laptop") }, "rotation", Warn, "waits for laptop", "wgcnid peer config"},
+		{"rotation waits for many", func(f *Facts) { rotating(f, time.Hour, "b", "b", "b", "b", "b") }, "rotation", Warn, "2 more, which `wgcnid key show` lists", "--force"},
+		{"report of a rotation that is over", func(f *Facts) {
+			rotating(f, time.Hour, "b")
+			f.Files.Keys.Stage = mesh.Resting
+		}, "rotation", OK, "none is going on", ""},
 		{"rival", func(f *Facts) { f.Helper.Report.Rival = true }, "helper", Fail, "another node", "nodeName"},
 		{"first pass", func(f *Facts) { f.Helper.Report = nil }, "helper", Note, "first pass", "wait"},
 		{"state folder open", func(f *Facts) { f.Files.StateMode = 0o777 }, "key", Warn, "0777", "chmod 700 /var/lib/wgcni"},
@@ -147,6 +181,9 @@ func TestExamine(t *testing.T) {
 		{"forgotten", func(f *Facts) { f.Mesh.Forgotten = true; f.Plan.Observed.Link = mesh.Link{} }, "wireguard", Fail, "forgotten", "leave --purge"},
 		{"userspace needlessly", func(f *Facts) { f.Tunnel.Kind = "tuntap" }, "wireguard", Warn, "though this kernel has WireGuard", "ip link delete wgcni0"},
 		{"filter altered", func(f *Facts) { f.Plan.Observed.Filter.Broken = true }, "nftables", Fail, "changed", "nft monitor"},
+		{"sources not verified", func(f *Facts) { f.Plan.Unverified, f.Network.ReversePath["eth0"] = true, 0 }, "nftables", Note, "next to this node", "5.18"},
+		{"nor loosely", func(f *Facts) { f.Plan.Unverified, f.Network.ReversePath["all"] = true, 2 }, "nftables", Note, "next to this node", "5.18"},
+		{"but strictly", func(f *Facts) { f.Plan.Unverified = true }, "nftables", OK, "", ""},
 		{"no nftables", func(f *Facts) { f.Plan.Tables = errors.New("protocol not supported") }, "nftables", Fail, "not supported", "CONFIG_NF_TABLES"},
 		{"not as planned", func(f *Facts) {
 			f.Plan.Pending = []mesh.Op{mesh.AddLink{Name: "wgcni0"}, mesh.RemoveFilter{}, mesh.RemoveFilter{}, mesh.RemoveFilter{}}
@@ -198,6 +235,16 @@ func TestExamine(t *testing.T) {
 		{"what is sent", func(f *Facts) {
 			f.Rules.Chains = parseSave("ip", "*filter\n:OUTPUT DROP [0:0]\n-A OUTPUT -p tcp -j ACCEPT\n")
 		}, "firewall", Fail, "what WireGuard sends", "--sport 51820"},
+		{"the spare is not let through", func(f *Facts) {
+			f.Rules.Chains = parseSave("ip", "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -o wgcni0 -j ACCEPT\n")
+		}, "forward", Note, "by wgcni0x, as it does while keys are rotated", "-o wgcni0x -j ACCEPT"},
+		{"the spare is there and not let through", func(f *Facts) {
+			f.Plan.Observed.Spare.Link.Name = "wgcni0x"
+			f.Rules.Chains = parseSave("ip", "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -o wgcni0 -j ACCEPT\n")
+		}, "forward", Fail, "is dropped by", "-o wgcni0x -j ACCEPT"},
+		{"both are let through", func(f *Facts) {
+			f.Rules.Chains = parseSave("ip", "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -o wgcni0+ -j ACCEPT\n")
+		}, "forward", OK, "", ""},
 		{"wgcni0 does not forward", func(f *Facts) { f.Network.LinkForwards = false }, "forwarding", Fail, "wgcni0 does not forward", "net.ipv4.conf.wgcni0.forwarding=1"},
 		{"gateway", func(f *Facts) { f.Network.Forwarding = "packets are lost: run `sysctl`" }, "forwarding", Fail, "packets are lost", "run `sysctl`"},
 		{"our table", func(f *Facts) {
@@ -208,6 +255,7 @@ func TestExamine(t *testing.T) {
 		}, "rules", Warn, "goes by our mark", "ip -6 rule del priority 50"},
 		{"another's mark", func(f *Facts) { f.Network.Rules = []PolicyRule{{Mark: 0x4000, Mask: 0x4000, Table: 9}} }, "rules", OK, "", ""},
 		{"route elsewhere", func(f *Facts) { f.Peers[0].Route = "eth0" }, "routes", Fail, "10.244.2.0 (b) by eth0", "ip route get 10.244.2.0"},
+		{"route by the spare", func(f *Facts) { f.Peers[0].Route = "wgcni0x" }, "routes", OK, "", ""},
 		{"no route", func(f *Facts) { f.Peers[0].Route, f.Peers[0].RouteErr = "", unix.ENETUNREACH }, "routes", Fail, "unreachable", "wgcnid"},
 		{"NetworkManager", func(f *Facts) { f.Network.Managers = []string{"NetworkManager"} }, "managers", Note, "wgcni0", "unmanaged-devices=interface-name:wgcni0"},
 		{"networkd", func(f *Facts) { f.Network.Managers = []string{"systemd-networkd"} }, "managers", Note, "restarts", "ManageForeignRoutingPolicyRules=no"},

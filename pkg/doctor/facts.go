@@ -8,6 +8,7 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/containerd"
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/install"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/probe"
@@ -73,6 +74,11 @@ type Files struct {
 	KeyError    error // of reading this node's key
 	KeyMode     uint32
 	StateMode   uint32 // of the folder
+	NextPath    string
+	NextMode    uint32 // 0: there is none
+	Keys        identity.Keys
+	KeysError   error  // of reading them with the state of their rotation
+	Ordered     bool   // a rotation that wgcnid has not begun
 	SecretPath  string // "": there is none
 	SecretError error
 	SecretIDs   int // how many secrets are in the file
@@ -85,6 +91,8 @@ type Tunnel struct {
 	PID         int    // of the process, where it is in userspace; 0: not found
 	// Holders are other programs that listen on WireGuard's UDP port.
 	Holders []Holder
+	// SpareHolders are those on the second interface's, where that does not.
+	SpareHolders []Holder
 }
 
 // Holder is a program that listens on a UDP port.
@@ -101,6 +109,9 @@ type Plan struct {
 	Pending  []mesh.Op
 	Pods     []store.Attachment
 	Tables   error // why nftables cannot be used
+	// Unverified says that the filter cannot tell where packets with a source of this
+	// node's own come from.
+	Unverified bool
 
 	conflicts []mesh.Conflict
 }

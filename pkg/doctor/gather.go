@@ -73,6 +73,10 @@ func gatherFiles(s Sources) Files {
 	f := Files{KeyPath: identity.Path(s.Config.StateDir), SecretPath: s.Config.SecretFile, SecretError: s.TrustError, SecretIDs: len(s.Trust.Secrets)}
 	_, f.KeyError = identity.Load(s.Config.StateDir)
 	f.KeyMode, f.StateMode = mode(f.KeyPath), mode(s.Config.StateDir)
+	f.NextPath = identity.NextPath(s.Config.StateDir)
+	f.NextMode = mode(f.NextPath)
+	f.Keys, f.KeysError = identity.LoadKeys(s.Config.StateDir)
+	f.Ordered = identity.Ordered(s.Config.StateDir)
 	return f
 }
 
@@ -130,6 +134,9 @@ func writable(path string) error {
 // is looked at again: it may be about to be mended.
 func gatherPlan(ctx context.Context, s Sources, f Facts) Plan {
 	p := Plan{Tables: tables()}
+	if verifies, err := s.Kernel.FilterVerifiesSources(); err == nil { // else there is no table, which is said anyway
+		p.Unverified = !verifies
+	}
 	pass := reconcile.Pass{
 		Config: s.Config, Kernel: s.Kernel, Known: f.Mesh.Known, Key: f.Mesh.Key,
 		Pairs: identity.NewPairs(f.Mesh.Key, s.Trust.Secrets), Context: mesh.Context{Now: f.Now},
@@ -168,13 +175,7 @@ func changedLately(now time.Time, paths ...string) bool {
 }
 
 func keepPresharedKeys(o *reconcile.Outcome, c mesh.Context) {
-	have := map[wgtypes.Key]mesh.Fingerprint{}
-	for _, p := range o.Observed.Peers {
-		have[p.PublicKey] = p.PresharedKey
-	}
-	for i, p := range o.Plan.Peers {
-		o.Plan.Peers[i].PresharedKey = have[p.PublicKey]
-	}
+	o.Plan.TakePresharedKeys(o.Observed)
 	o.Ops = mesh.Diff(o.Observed, o.Plan.State, c)
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 )
 
@@ -29,6 +30,9 @@ func gatherTunnel(c config.Config, p Plan) Tunnel {
 	}
 	if l := p.Observed.Link; l.ListenPort != c.ListenPort || !l.Up { // the kernel opens it when the interface goes up
 		t.Holders = holders(c.ListenPort, t.PID)
+	}
+	if l := p.Observed.Spare.Link; c.SparePort != 0 && (l.ListenPort != c.SparePort || !l.Up) {
+		t.SpareHolders = holders(c.SparePort, findProcess([]string{"tunnel", mesh.SpareInterface(c.Interface)}))
 	}
 	return t
 }

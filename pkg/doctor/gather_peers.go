@@ -45,7 +45,7 @@ func gatherPeers(ctx context.Context, s Sources, f Facts) []Peer {
 	}
 	after := map[wgtypes.Key]mesh.Peer{}
 	if now, err := s.Kernel.Observe(); err == nil {
-		for _, p := range now.Peers {
+		for _, p := range mesh.BothPlanes(f.Plan.State, now) {
 			after[p.PublicKey] = p
 		}
 	}
@@ -80,7 +80,7 @@ func awaitKeepalive(ctx context.Context, k *kernel.Kernel, peers []Peer, begin, 
 // planned are the peers that there should be, by name.
 func planned(s Sources, f Facts) (out []Peer) {
 	have := map[wgtypes.Key]mesh.Peer{}
-	for _, p := range f.Plan.Observed.Peers {
+	for _, p := range mesh.BothPlanes(f.Plan.State, f.Plan.Observed) {
 		have[p.PublicKey] = p
 	}
 	for _, want := range f.Plan.State.Peers {

@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
 // ingress knows by which interface callers must come in. On the tunnel WireGuard
@@ -24,7 +26,8 @@ type ingress struct {
 	last atomic.Int64 // the number that the name had last; no other interface gets it (dev_new_index)
 }
 
-// ok reports whether this number is that of the interface.
+// ok reports whether this number is that of the interface, or of the second one,
+// by which the same machines come while keys are rotated.
 func (i *ingress) ok(index int) bool {
 	if i.name == "" {
 		return true
@@ -35,7 +38,7 @@ func (i *ingress) ok(index int) bool {
 	if i.last.Load() == int64(index) {
 		return true
 	}
-	if interfaceIndex(i.name) != index {
+	if interfaceIndex(i.name) != index && interfaceIndex(mesh.SpareInterface(i.name)) != index {
 		return false
 	}
 	i.last.Store(int64(index))

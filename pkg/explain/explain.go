@@ -127,7 +127,7 @@ func (w *walker) walk() {
 		return
 	}
 	switch {
-	case r.Interface == w.Settings.Interface:
+	case isTunnel(w.Settings.Interface, r.Interface):
 		w.encrypt()
 	case w.stays():
 		w.arrived(w.Destination.Interface)
@@ -225,7 +225,7 @@ func (w *walker) passes() bool {
 		w.step(Filter, tableName, "missing, or not as wgcni makes it: it holds nothing")
 		return true
 	}
-	p := passage{in: w.Way.In, out: w.Way.Route.Interface, src: w.Source.Address, dst: w.Destination.Address, marked: w.Way.Mark&w.Settings.FwMark != 0}
+	p := passage{in: w.Way.In, out: w.Way.Route.Interface, src: w.Source.Address, dst: w.Destination.Address, next: w.Way.Route.Gateway, marked: w.Way.Mark&w.Settings.FwMark != 0}
 	found := w.filter.output(p)
 	if w.Way.In != "" {
 		if forwarded := w.filter.forward(p); forwarded.drop || !found.drop {
@@ -243,12 +243,18 @@ func (w *walker) passes() bool {
 // held says why the filter holds the packet.
 func (w *walker) held(p passage) {
 	d := w.Destination
-	if w.Source.Kind.Here() || p.in == w.Settings.Interface {
+	if w.Source.Kind.Here() || isTunnel(w.Settings.Interface, p.in) {
 		w.decide(Dropped, "it would leave by %s in the clear; it may only go through the tunnel", p.out)
 		switch {
 		case w.State.Link.Name == "":
 			w.out.Why = fmt.Sprintf("interface %s is missing, and it would leave by %s in the clear", w.Settings.Interface, p.out)
 			w.fault(mendHelper)
+		case d.Kind == Free:
+			w.out.Why = fmt.Sprintf("no pod of this machine has it, and its route leads to a router, by %s in the clear", p.out)
+			w.out.Mend = "if it is behind that router, announce the router's address too (\"subnets\")"
+		case d.Kind == Pod:
+			w.out.Why = fmt.Sprintf("the route to the pod is gone, and another leads by %s in the clear", p.out)
+			w.fault("its link is gone, or the primary plugin's route to it: the runtime should have deleted it")
 		case d.Kind == Unannounced || d.Kind == Outside:
 			w.out.Mend = mendAnnounce
 		case w.Why[d.Node] != "":
@@ -299,7 +305,7 @@ func (w *walker) arrived(link string) {
 	switch {
 	case w.Source.Kind.Here():
 		w.decide(Local, "both ends are on this machine")
-	case w.Way.In == w.Settings.Interface:
+	case isTunnel(w.Settings.Interface, w.Way.In):
 		w.decide(Encrypted, "it comes through the tunnel")
 	default:
 		w.inTheClear(fmt.Sprintf("it comes by %s as it is", w.Way.In), w.Source)

@@ -55,8 +55,9 @@ func three() mesh.Facts {
 // machine is node a's kernel, as kerneltest has it, which answers questions about routes.
 type machine struct {
 	kerneltest.Kernel
-	facts mesh.Facts
-	own   map[netip.Addr]string
+	facts    mesh.Facts
+	own      map[netip.Addr]string
+	unrouted bool // the primary plugin's routes to this machine's pods are gone
 }
 
 func newMachine(t *testing.T, f mesh.Facts) *machine {
@@ -95,9 +96,10 @@ func (m *machine) Route(q kernel.RouteQuery) (kernel.RouteAnswer, error) {
 	case mesh.Unreachable:
 		return kernel.RouteAnswer{Refused: "no route to host"}, nil
 	case mesh.ViaLink:
-		return kernel.RouteAnswer{Kind: kernel.RouteUnicast, Table: best.Table, Prefix: best.Prefix, Interface: "wgcni0", Source: best.Source}, nil
+		link := map[mesh.Plane]string{mesh.Primary: "wgcni0", mesh.Spare: "wgcni0x"}[best.Plane]
+		return kernel.RouteAnswer{Kind: kernel.RouteUnicast, Table: best.Table, Prefix: best.Prefix, Interface: link, Source: best.Source}, nil
 	}
-	if prefix("10.244.1.0/24").Contains(q.Destination) || q.Destination == addr("10.244.77.1") {
+	if !m.unrouted && (prefix("10.244.1.0/24").Contains(q.Destination) || q.Destination == addr("10.244.77.1")) {
 		return kernel.RouteAnswer{Kind: kernel.RouteUnicast, Table: 254, Prefix: prefix("10.244.1.0/24"), Interface: "cni0"}, nil
 	}
 	return kernel.RouteAnswer{Kind: kernel.RouteUnicast, Table: 254, Prefix: prefix("0.0.0.0/0"), Interface: kerneltest.Uplink, Gateway: addr("192.0.2.254"), Source: addr("192.0.2.1")}, nil
@@ -130,7 +132,7 @@ func (m *machine) explain(t *testing.T, src, dst string) explain.Explanation {
 		Why: map[string]string{}, EncryptNodes: map[string]bool{}, Now: now,
 	}
 	for _, n := range append(slices.Clone(m.facts.Nodes), m.facts.Self) {
-		f.Names[n.PublicKey], f.Segments[n.Name] = n.Name, n.Segments
+		f.Names[n.PublicKey], f.Names[n.Spare.PublicKey], f.Segments[n.Name] = n.Name, n.Name, n.Segments
 	}
 	var err error
 	if f.Source, f.Destination, err = m.directory().Find(src, dst); err != nil {
@@ -156,11 +158,14 @@ func text(e explain.Explanation) string {
 }
 
 const (
-	fromWeb = "from | 10.244.1.2 | pod default/web-0 of this node, a, at cni0\n"
-	toB     = "to | 10.244.2.7 | in 10.244.2.0/24 of b\n"
-	ourRule = "rule | 110 | 110: not from all fwmark 0x4/0x4 lookup 30567"
-	keyOfB  = "AgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
-	keyOfC  = "AwAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	fromWeb  = "from | 10.244.1.2 | pod default/web-0 of this node, a, at cni0\n"
+	toB      = "to | 10.244.2.7 | in 10.244.2.0/24 of b\n"
+	held     = "chain forward, plain-out: oifname != \"wgcni0\" saddr @cluster4 daddr @guarded4, counter dropped-out: dropped"
+	astray   = ourRule + ": throw 10.244.1.0/24 table 30567, so the next rule is asked\nrule | 32766 | 32766: from all lookup main\nroute | eth0 | default via 192.0.2.254 dev eth0 table main\n"
+	ourRule  = "rule | 110 | 110: not from all fwmark 0x4/0x4 lookup 30567"
+	keyOfB   = "AgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	keyOfC   = "AwAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	spareOfB = "XAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 )
 
 func TestExplain(t *testing.T) {
@@ -173,11 +178,26 @@ func TestExplain(t *testing.T) {
 		{name: "pod to a pod of another node", src: "default/web-0", dst: "10.244.2.7", want: "encrypted: it leaves through the tunnel to b, by 192.0.2.2:51820\n" +
 			fromWeb + toB + ourRule + "\n" +
 			"route | wgcni0 | 10.244.2.0/24 dev wgcni0 table 30567\n" +
-			"filter | inet wgcni | chain forward: oifname \"wgcni0\" return: passes\n" +
-			"source | inet wgcni | stays 10.244.1.2 (chain keep-source: saddr @local4 snat to ip saddr)\n" +
+			"filter | inet wgcni | chain forward: oifname \"wgcni0\": passes\n" +
+			"source | inet wgcni | stays 10.244.1.2 (chain kept: saddr @local4 snat to ip saddr)\n" +
 			"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
 			"endpoint | 192.0.2.2:51820 | where b is called\n" +
 			"outer | eth0 | default via 192.0.2.254 dev eth0 src 192.0.2.1 table main\n"},
+		{
+			name: "by the second interface, while keys are rotated", src: "default/web-0", dst: "10.244.2.7",
+			change: func(f *mesh.Facts) {
+				f.SparePort, f.Crossing = 51821, map[string]mesh.Plane{"b": mesh.Spare}
+				f.Self.Spare, f.Nodes[0].Spare = mesh.SpareEnd{PublicKey: wgtypes.Key{91}, Port: 51821}, mesh.SpareEnd{PublicKey: wgtypes.Key{92}, Port: 51822}
+			},
+			want: "encrypted: it leaves through the tunnel to b, by 192.0.2.2:51822; there has been no handshake yet, and it waits for one\n" +
+				fromWeb + toB + ourRule + "\n" +
+				"route | wgcni0x | 10.244.2.0/24 dev wgcni0x table 30567\n" +
+				"filter | inet wgcni | chain forward: oifname \"wgcni0x\": passes\n" +
+				"source | inet wgcni | stays 10.244.1.2 (chain kept: saddr @local4 snat to ip saddr)\n" +
+				"peer | " + spareOfB + " | b, key " + spareOfB + ", allowed IPs 10.244.2.0/24; no preshared key; no handshake yet\n" +
+				"endpoint | 192.0.2.2:51822 | where b is called\n" +
+				"outer | eth0 | default via 192.0.2.254 dev eth0 src 192.0.2.1 table main\n",
+		},
 		{name: "the way in", src: "10.244.2.7", dst: "default/web-0", want: "encrypted: it comes through the tunnel\n" +
 			"from | 10.244.2.7 | in 10.244.2.0/24 of b\nto | 10.244.1.2 | pod default/web-0 of this node, a, at cni0\n" +
 			"cryptokey | wgcni0 | taken from b only, whose allowed IPs have 10.244.2.0/24\n" +
@@ -186,21 +206,36 @@ func TestExplain(t *testing.T) {
 			ourRule + ": throw 10.244.1.0/24 table 30567, so the next rule is asked\n" +
 			"rule | 32766 | 32766: from all lookup main\n" +
 			"route | cni0 | 10.244.1.0/24 dev cni0 table main\n" +
-			"filter | inet wgcni | chain forward: iifname \"wgcni0\" daddr @local4 return: passes\n" +
+			"filter | inet wgcni | chain forward: iifname \"wgcni0\" nexthop @local4 return: passes\n" +
 			"delivery | cni0 | to the pod, by cni0\n"},
 		{name: "past this machine, as a gateway carries it", src: "10.244.2.7", dst: "10.244.3.7", want: "encrypted: it leaves through the tunnel to c, by 192.0.2.3:51820; there has been no handshake yet, and it waits for one\n" +
 			"from | 10.244.2.7 | in 10.244.2.0/24 of b\nto | 10.244.3.7 | in 10.244.3.0/24 of c\n" +
 			"cryptokey | wgcni0 | taken from b only, whose allowed IPs have 10.244.2.0/24\n" +
 			"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
 			"delivery |  | neither end is on this machine: this is what would become of such a packet here\n" +
-			"in the clear | eth0 | the same packet by eth0 would be taken (chain forward: oifname \"wgcni0\" return: passes)\n" +
+			"in the clear | eth0 | the same packet by eth0 would be taken (chain forward: oifname \"wgcni0\": passes)\n" +
 			ourRule + "\n" +
 			"route | wgcni0 | 10.244.3.0/24 dev wgcni0 table 30567\n" +
-			"filter | inet wgcni | chain forward: oifname \"wgcni0\" return: passes\n" +
+			"filter | inet wgcni | chain forward: oifname \"wgcni0\": passes\n" +
 			"source | inet wgcni | stays 10.244.2.7 (no rule of ours changes it)\n" +
 			"peer | " + keyOfC + " | c, key " + keyOfC + ", allowed IPs 10.244.3.0/24; no preshared key; no handshake yet\n" +
 			"endpoint | 192.0.2.3:51820 | where c is called\n" +
 			"outer | eth0 | default via 192.0.2.254 dev eth0 src 192.0.2.1 table main\n"},
+		{
+			name: "the way in, to a pod whose route is gone", src: "10.244.2.7", dst: "default/web-0", kernel: func(m *machine) { m.unrouted = true },
+			want: "dropped: the route to the pod is gone, and another leads by eth0 in the clear\nfault\n" +
+				"from | 10.244.2.7 | in 10.244.2.0/24 of b\nto | 10.244.1.2 | pod default/web-0 of this node, a, at eth0\n" +
+				"cryptokey | wgcni0 | taken from b only, whose allowed IPs have 10.244.2.0/24\n" +
+				"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; last handshake 12s ago\n" +
+				"in the clear | eth0 | the same packet by eth0 would be dropped (" + held + ")\n" +
+				astray + "filter | inet wgcni | " + held + "\n",
+		},
+		{
+			name: "to a pod next door that is gone", src: "default/web-0", dst: "10.244.1.9", kernel: func(m *machine) { m.unrouted = true },
+			want: "dropped: no pod of this machine has it, and its route leads to a router, by eth0 in the clear\n" +
+				strings.Replace(fromWeb, "cni0", "eth0", 1) + "to | 10.244.1.9 | in 10.244.1.0/24 of this node, a, where no pod has it\n" +
+				astray + "filter | inet wgcni | " + held + "\n",
+		},
 		{name: "nobody has announced it", src: "default/web-0", dst: "10.244.99.1", want: "dropped: nobody has announced 10.244.99.1, and encryption is required\n" +
 			fromWeb + "to | 10.244.99.1 | in the ranges of the mesh; nobody has announced it\n" + ourRule + "\n" +
 			"route |  | unreachable 10.244.0.0/16 metric 1048576 table 30567: the kernel says no route to host\n"},
@@ -228,7 +263,7 @@ func TestExplain(t *testing.T) {
 				"from | 10.244.1.0 | this machine, a, with the address that the route gives\n" + toB + ourRule + "\n" +
 				"route | wgcni0 | 10.244.2.0/24 dev wgcni0 src 10.244.1.0 table 30567\n" +
 				"filter | inet wgcni | chain output: leaves by wgcni0: passes\n" +
-				"source | inet wgcni | stays 10.244.1.0 (chain keep-source: saddr @local4 snat to ip saddr)\n" +
+				"source | inet wgcni | stays 10.244.1.0 (chain kept: saddr @local4 snat to ip saddr)\n" +
 				"peer | " + keyOfB + " | b, key " + keyOfB + ", allowed IPs 10.244.2.0/24; no preshared key; no handshake yet\n",
 		},
 		{

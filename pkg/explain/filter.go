@@ -13,6 +13,7 @@ import (
 type passage struct {
 	in, out  string // "" at a hook where there is none
 	src, dst netip.Addr
+	next     netip.Addr // the router; invalid where dst is on the link
 	marked   bool
 }
 
@@ -36,6 +37,13 @@ const tableName = "inet " + kernel.TableName
 // order of pkg/kernel/filter_rules.go and filter_nodes.go.
 type filter struct{ mesh.Filter }
 
+// tunnel reports whether an interface is one of the two that encrypt.
+func (f filter) tunnel(link string) bool { return isTunnel(f.Interface, link) }
+
+func isTunnel(primary, link string) bool {
+	return link == primary || link == mesh.SpareInterface(primary)
+}
+
 func (f filter) family(p passage) string {
 	if p.dst.Is6() {
 		return "6"
@@ -47,20 +55,24 @@ func (f filter) family(p passage) string {
 func (f filter) forward(p passage) finding {
 	link, v := f.Interface, f.family(p)
 	at := finding{chain: "forward"}
-	if p.out == link {
-		at.rule = fmt.Sprintf("oifname %q return", link)
+	if f.tunnel(p.out) {
+		at.rule = fmt.Sprintf("oifname %q", p.out)
 		return at
 	}
-	if p.in == link && inSet(f.Local, p.dst).IsValid() {
-		at.rule = fmt.Sprintf("iifname %q daddr @local%s return", link, v)
+	if f.tunnel(p.in) && inSet(f.Local, p.hop()).IsValid() {
+		at.rule = fmt.Sprintf("iifname %q nexthop @local%s return", p.in, v)
+		return at
+	}
+	if f.tunnel(p.in) && inSet(f.Behind, p.dst).IsValid() {
+		at.rule = fmt.Sprintf("iifname %q daddr @behind%s return", p.in, v)
 		return at
 	}
 	if inSet(f.Cluster, p.src).IsValid() && inSet(f.Guarded, p.dst).IsValid() {
-		if f.plainOut(p.dst) {
+		if f.plainOut(p) {
 			return finding{"forward, plain-out", fmt.Sprintf("oifname != %q saddr @cluster%s daddr @guarded%s, counter dropped-out", link, v, v), true}
 		}
 	}
-	if p.in != link && inSet(f.Guarded, p.src).IsValid() && inSet(f.Cluster, p.dst).IsValid() {
+	if !f.tunnel(p.in) && inSet(f.Guarded, p.src).IsValid() && inSet(f.Cluster, p.dst).IsValid() {
 		if f.plainIn(p.src, p.dst) {
 			return finding{"forward, plain-in", fmt.Sprintf("iifname != %q saddr @guarded%s daddr @cluster%s, counter dropped-in", link, v, v), true}
 		}
@@ -69,7 +81,7 @@ func (f filter) forward(p passage) finding {
 	case n.Mark == 0:
 	case inSet(f.Cluster, p.src).IsValid() && slices.Contains(n.Held, p.dst) && !p.marked:
 		return finding{"forward, node-out", fmt.Sprintf("oifname != %q saddr @cluster%s daddr @held%s, counter dropped-out", link, v, v), true}
-	case p.in != link && slices.Contains(n.Held, p.src) && inSet(f.Cluster, p.dst).IsValid():
+	case !f.tunnel(p.in) && slices.Contains(n.Held, p.src) && inSet(f.Cluster, p.dst).IsValid():
 		return finding{"forward", fmt.Sprintf("iifname != %q saddr @held%s daddr @cluster%s, counter dropped-in", link, v, v), true}
 	}
 	at.rule = "no rule holds it"
@@ -81,10 +93,10 @@ func (f filter) output(p passage) finding {
 	v := f.family(p)
 	at := finding{chain: "output"}
 	switch {
-	case p.out == f.Interface:
-		at.rule = fmt.Sprintf("leaves by %s", f.Interface)
+	case f.tunnel(p.out):
+		at.rule = fmt.Sprintf("leaves by %s", p.out)
 		return at
-	case inSet(f.Withheld, p.dst).IsValid() && f.plainOut(p.dst):
+	case inSet(f.Withheld, p.dst).IsValid() && f.plainOut(p):
 		return finding{"output, plain-out", fmt.Sprintf("oifname != %q daddr @withheld%s, counter dropped-out", f.Interface, v), true}
 	case f.Nodes.Mark != 0 && slices.Contains(f.Nodes.Held, p.dst) && !p.marked && p.out != "lo":
 		return finding{"output, node-out", fmt.Sprintf("oifname != %q daddr @held%s, counter dropped-out", f.Interface, v), true}
@@ -98,8 +110,8 @@ func (f filter) input(p passage) finding {
 	v := f.family(p)
 	at := finding{chain: "input"}
 	switch {
-	case p.in == f.Interface:
-		at.rule = fmt.Sprintf("came by %s", f.Interface)
+	case f.tunnel(p.in):
+		at.rule = fmt.Sprintf("came by %s", p.in)
 		return at
 	case inSet(f.Withheld, p.src).IsValid() && inSet(f.Cluster, p.dst).IsValid() && f.plainIn(p.src, p.dst):
 		return finding{"input, plain-in", fmt.Sprintf("iifname != %q saddr @withheld%s daddr @cluster%s, counter dropped-in", f.Interface, v, v), true}
@@ -108,13 +120,25 @@ func (f filter) input(p passage) finding {
 	return at
 }
 
+// hop is where the packet's route leads.
+func (p passage) hop() netip.Addr {
+	if p.next.IsValid() {
+		return p.next
+	}
+	return p.dst
+}
+
 // plainOut reports whether chain plain-out drops: unless the far end is here.
-func (f filter) plainOut(dst netip.Addr) bool {
-	return !inSet(f.Local, dst).IsValid() && !slices.Contains(f.Pods, dst) && !slices.Contains(f.Exempt, dst)
+func (f filter) plainOut(p passage) bool {
+	return !f.here(p.hop()) && !inSet(f.Behind, p.dst).IsValid() && !slices.Contains(f.Exempt, p.dst)
 }
 
 func (f filter) plainIn(src, dst netip.Addr) bool {
-	return f.plainOut(src) && !slices.Contains(f.Exempt, dst)
+	return !f.here(src) && !slices.Contains(f.Exempt, src) && !slices.Contains(f.Exempt, dst)
+}
+
+func (f filter) here(a netip.Addr) bool {
+	return inSet(f.Local, a).IsValid() || slices.Contains(f.Pods, a)
 }
 
 // source is what becomes of the address of a packet that goes into the tunnel;
@@ -126,17 +150,17 @@ func (f filter) source(a netip.Addr) (rule string, kept bool) {
 	}
 	switch {
 	case inSet(f.Local, a).IsValid():
-		return "chain keep-source: saddr @local" + v + " snat to ip saddr", true
+		return "chain kept: saddr @local" + v + " snat to ip saddr", true
 	case slices.Contains(f.Pods, a):
-		return "chain keep-source: saddr @pods" + v + " snat to ip saddr", true
+		return "chain kept: saddr @pods" + v + " snat to ip saddr", true
 	case slices.Contains(f.Nodes.Own, a):
-		return "chain keep-source: saddr @own" + v + " snat to ip saddr", true
+		return "chain kept: saddr @own" + v + " snat to ip saddr", true
 	case !inSet(f.Cluster, a).IsValid():
-		return "chain own-source: saddr != @cluster" + v + " masquerade", false
+		return "chain replaced: saddr != @cluster" + v + " masquerade", false
 	case slices.Contains(f.Exempt, a):
-		return "chain own-source: saddr @exempt" + v + " masquerade", false
+		return "chain replaced: saddr @exempt" + v + " masquerade", false
 	case inSet(f.Masqueraded, a).IsValid():
-		return "chain own-source: saddr @masqueraded" + v + " masquerade", false
+		return "chain replaced: saddr @masqueraded" + v + " masquerade", false
 	}
 	return "no rule of ours changes it", true
 }

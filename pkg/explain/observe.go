@@ -117,8 +117,8 @@ func (f *Facts) follow(k Kernel) (err error) {
 	if f.Way.Route, err = f.ask(k, f.Way); err != nil {
 		return err
 	}
-	peer, ok := f.taker(f.Destination.Address)
-	if f.Way.Route.Interface == f.Settings.Interface && ok && peer.Endpoint.IsValid() {
+	peer, ok := f.takerBy(f.Way.Route.Interface, f.Destination.Address)
+	if isTunnel(f.Settings.Interface, f.Way.Route.Interface) && ok && peer.Endpoint.IsValid() {
 		outer, err := k.Route(kernel.RouteQuery{Destination: peer.Endpoint.Addr().Unmap(), Mark: f.State.Link.FwMark})
 		if err != nil {
 			return err
@@ -157,15 +157,17 @@ func (f *Facts) arriveMark() uint32 {
 // taker is the peer that WireGuard has for an address: that with the longest
 // prefix among all peers' allowed IPs (wireguard.com, "Cryptokey Routing").
 func (f *Facts) taker(a netip.Addr) (peer mesh.Peer, ok bool) {
-	bits := -1
-	for _, p := range f.State.Peers {
-		for _, q := range p.AllowedIPs {
-			if q.Contains(a) && q.Bits() > bits {
-				peer, bits = p, q.Bits()
-			}
-		}
+	return f.takerBy(f.Settings.Interface, a)
+}
+
+// takerBy is taker, of one of the two interfaces that a pair of nodes has while keys
+// are rotated.
+func (f *Facts) takerBy(link string, a netip.Addr) (peer mesh.Peer, ok bool) {
+	peers := f.State.Peers
+	if link != f.Settings.Interface && link == f.State.Spare.Link.Name {
+		peers = f.State.Spare.Peers
 	}
-	return peer, bits >= 0
+	return mesh.Taker(peers, a)
 }
 
 // nameOf is a peer's name, or its key where the plan does not know it.

@@ -34,7 +34,7 @@ func (w *walker) arrive() {
 
 // clearText says whether the packet would be taken without the tunnel.
 func (w *walker) clearText(c Way) string {
-	p := passage{in: c.In, out: c.Route.Interface, src: w.Source.Address, dst: w.Destination.Address, marked: c.Mark != 0}
+	p := passage{in: c.In, out: c.Route.Interface, src: w.Source.Address, dst: w.Destination.Address, next: c.Route.Gateway, marked: c.Mark != 0}
 	switch {
 	case c.Route.Refused != "":
 		return fmt.Sprintf("the same packet by %s would not be taken: %s", c.In, c.Route.Refused)
@@ -62,9 +62,9 @@ func (w *walker) encrypt() {
 			w.step(Source, tableName, "is replaced by this machine's address in the tunnel (%s)", rule)
 		}
 	}
-	peer, ok := w.taker(w.Destination.Address)
+	peer, ok := w.takerBy(w.Way.Route.Interface, w.Destination.Address)
 	if !ok {
-		w.step(Peer, w.Settings.Interface, "none has it among its allowed IPs")
+		w.step(Peer, w.Way.Route.Interface, "none has it among its allowed IPs")
 		w.decide(Dropped, "it goes into the tunnel, where no peer takes it")
 		w.fault(mendHelper)
 		return
@@ -84,7 +84,7 @@ func (w *walker) encrypt() {
 			w.decide(Dropped, "the endpoint of %s, %s, cannot be reached: %s", name, peer.Endpoint, o.Refused)
 			w.fault("mend this machine's route to " + peer.Endpoint.Addr().String())
 			return
-		case o.Interface == w.Settings.Interface:
+		case isTunnel(w.Settings.Interface, o.Interface):
 			w.step(Outer, o.Interface, "into the tunnel itself")
 			w.decide(Dropped, "the endpoint of %s is routed into the tunnel itself", name)
 			w.fault("a route or rule sends " + peer.Endpoint.Addr().String() + " to " + o.Interface + ": remove it")

@@ -6,12 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 
-	"github.com/google/renameio/v2"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 // keyFile holds the key as `wg genkey` prints it. It is durable: a key made
@@ -83,36 +83,19 @@ func ParsePrivateKey(text string) (PrivateKey, error) {
 	return PrivateKey{conceal(key)}, nil
 }
 
-// Revealer hands the node's key to the kernel package, which asks for it only
-// when it configures a tunnel.
-func Revealer(stateDir string) func() (wgtypes.Key, error) {
-	return func() (wgtypes.Key, error) {
-		key, err := Load(stateDir)
-		if err != nil {
-			return wgtypes.Key{}, err
-		}
-		return key.Reveal(), nil
-	}
-}
-
 // LoadOrCreate reads the node's key and makes one where there is none. Only the
 // helper calls it, of which one at most runs on a node.
 func LoadOrCreate(stateDir string) (PrivateKey, error) {
 	k, err := Load(stateDir)
+	if err == nil {
+		// Whoever made it may have been killed before its name was synced.
+		return k, durable.SyncFolder(stateDir)
+	}
 	if !errors.Is(err, ErrNoKey) {
 		return k, err
 	}
-	fresh, err := NewPrivateKey()
-	if err != nil {
+	if err := createKey(stateDir, Path(stateDir)); err != nil {
 		return PrivateKey{}, err
 	}
-	if err := os.MkdirAll(stateDir, 0o700); err != nil {
-		return PrivateKey{}, err
-	}
-	// Written aside, synced, renamed: a power cut leaves the old state or the new.
-	text := []byte(fresh.Reveal().String() + "\n")
-	if err := renameio.WriteFile(Path(stateDir), text, 0o600, renameio.WithTempDir(stateDir), renameio.IgnoreUmask()); err != nil {
-		return PrivateKey{}, fmt.Errorf("write %s: %w", Path(stateDir), err)
-	}
-	return fresh, nil
+	return Load(stateDir)
 }

@@ -31,6 +31,14 @@ func NewPairs(self wgtypes.Key, s Secrets) *Pairs {
 	return &Pairs{self: self, secrets: s, known: map[pair]concealed[wgtypes.Key]{}}
 }
 
+// For returns those that the node has by another key of its own.
+func (p *Pairs) For(self wgtypes.Key) *Pairs {
+	if p == nil || p.self == self {
+		return p
+	}
+	return NewPairs(self, p.secrets)
+}
+
 // Current names the secret that seals this node's records, "" for none.
 func (p *Pairs) Current() SecretID {
 	if p == nil {

@@ -10,11 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"strings"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 // A secret's text form is wgcni1_20261121T050000Z_KEY: its version, when it was
@@ -146,17 +147,12 @@ func WriteSecret(path string, s Secret) error {
 	if s.ID() == "" {
 		return fmt.Errorf("write %s: there is no secret to write", path)
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	err := durable.Create(path, []byte(s.Reveal()+"\n"), 0o600)
 	if errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("%w: leave it as it is, or add a new secret to it as the last line (see `wgcnid secret new`), on every node before it becomes the first on any", err)
 	}
 	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(s.Reveal() + "\n")
-	// The umask may have taken the owner's right to read it.
-	if err := errors.Join(err, f.Chmod(0o600), f.Sync(), f.Close()); err != nil {
-		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(path))
+		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
 }

@@ -163,14 +163,7 @@ func (n *node) restore(uninstall bool, before, installed map[string]string) {
 	if _, err := os.Stat(filepath.Join(n.state, RecordFile)); err == nil {
 		n.uninstall(true)
 	}
-	removeLeft(n)
+	n.must(FinishRemoval(n.state, n.CNIDir, true)) // of one that was killed with the record already gone
 	n.same(before)
 	n.install()
-}
-
-// removeLeft is for a removal that was killed with the record already gone: an empty
-// state folder, and the lock, may stay.
-func removeLeft(n *node) {
-	_ = os.Remove(filepath.Join(n.state, lockFile))
-	_ = os.Remove(n.state)
 }

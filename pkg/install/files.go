@@ -5,118 +5,37 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
-)
 
-// aside is in the names of files that are being written. Their extensions are
-// none that a runtime takes.
-const aside = ".wgcni-aside-"
+	"github.com/wgcni/wgcni/pkg/durable"
+)
 
 // errRaced says that somebody changed a file while it was being edited: look again.
 var errRaced = errors.New("it was changed by somebody else at the same time")
-
-// replaceFile makes data the content of a file. Readers, and whoever comes after
-// a power cut, see the old file or the new one.
-func replaceFile(path string, data []byte, mode fs.FileMode) error {
-	temp, err := writeAside(path, data, mode, nil)
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(temp, path); err != nil {
-		_ = os.Remove(temp)
-		return err
-	}
-	return syncFolder(filepath.Dir(path))
-}
-
-// writeAside writes a file beside path and returns its name. A rename makes it the
-// file: writing into a binary that is being executed fails ("text file busy"), and
-// a reader of a conflist would see half of it. Owner is the file whose owner the
-// new one gets; nil: the caller's own.
-func writeAside(path string, data []byte, mode fs.FileMode, owner fs.FileInfo) (name string, err error) {
-	// A child that is forked while the file is open for writing holds it open until
-	// it executes, and until then nobody can execute the file (golang/go#22315).
-	syscall.ForkLock.RLock()
-	defer syscall.ForkLock.RUnlock()
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+aside+"*")
-	if err != nil {
-		return "", err
-	}
-	defer func() {
-		if err != nil {
-			_ = f.Close()
-			_ = os.Remove(f.Name())
-		}
-	}()
-	if _, err := f.Write(data); err != nil {
-		return "", err
-	}
-	if owner != nil {
-		if st, ok := owner.Sys().(*syscall.Stat_t); ok {
-			if err := f.Chown(int(st.Uid), int(st.Gid)); err != nil {
-				return "", err
-			}
-		}
-	}
-	if err := f.Chmod(mode); err != nil { // after chown(2), which takes bits away
-		return "", err
-	}
-	if err := f.Sync(); err != nil {
-		return "", fmt.Errorf("write %s: %w", f.Name(), err)
-	}
-	return f.Name(), f.Close()
-}
-
-// syncFolder makes what happened to names durable (fsync(2)). Some file systems
-// have no such call.
-func syncFolder(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
-		return fmt.Errorf("sync %s: %w", path, err)
-	}
-	return nil
-}
-
-// removeFile deletes a file, durably. One that is not there is no error.
-func removeFile(path string) error {
-	if err := os.Remove(path); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		return err
-	}
-	return syncFolder(filepath.Dir(path))
-}
-
-// removeLeftovers deletes what a process that was killed had written aside. It is
-// called with the lock held, under which no other process writes there.
-func removeLeftovers(dirs ...string) {
-	for _, dir := range dirs {
-		entries, _ := os.ReadDir(dir)
-		for _, e := range entries {
-			if _, random, ok := strings.Cut(e.Name(), aside); ok && e.Name()[0] == '.' && strings.Trim(random, "0123456789") == "" && e.Type().IsRegular() {
-				_ = os.Remove(filepath.Join(dir, e.Name()))
-			}
-		}
-	}
-}
 
 // displaced is the file that an edit has taken the place of. Somebody who had
 // opened it before goes on writing into it.
 type displaced struct {
 	file *os.File
+	path string // its name now
 	was  []byte
 }
+
+// taken is in the name of a file that an edit puts into another's place, and after
+// that of the one that it has displaced. The first bytes of the SHA-256 of what the
+// edit writes and of what it was made of follow, and a number: whoever finds such a
+// file after a crash knows which of the two it is, and whether somebody has written
+// into it, see [recoverTaken].
+const taken = ".wgcni-taken-"
+
+var takenName = regexp.MustCompile(`^\.(.+)\.wgcni-taken-([0-9a-f]{16})-([0-9a-f]{16})-[0-9]+$`)
+
+func brief(data []byte) string { return hashOf(data)[:16] }
 
 // edit replaces a file that is another program's, and that it may write at any
 // moment: if the content is not old any more when the new one is to take its
@@ -130,30 +49,42 @@ func edit(path string, old, data []byte) (d displaced, err error) {
 	if err != nil {
 		return d, err
 	}
-	temp, err := writeAside(path, data, info.Mode().Perm(), info)
+	a, err := durable.WriteAside(path, data, info.Mode().Perm(), info)
 	if err != nil {
 		return d, err
 	}
-	defer func() { _ = os.Remove(temp) }()
+	defer a.Close()
+	number := a.Path[strings.LastIndexByte(a.Path, '-')+1:]
+	temp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+taken+brief(data)+"-"+brief(old)+"-"+number)
+	if err := os.Rename(a.Path, temp); err != nil {
+		return d, err
+	}
 	// After the exchange, temp is what stood there in that very moment.
-	err = unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
+	err = exchange(temp, path)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
-		return d, editByRename(path, temp, old) // NFS and others cannot exchange
+		return d, errors.Join(editByRename(path, temp, old), durable.Remove(temp)) // NFS and others cannot exchange
 	}
 	if err != nil {
-		return d, fmt.Errorf("replace %s: %w", path, err)
+		return d, errors.Join(fmt.Errorf("replace %s: %w", path, err), durable.Remove(temp))
 	}
 	f, err := os.Open(temp)
 	if err != nil {
 		return d, err
 	}
-	d = displaced{file: f, was: old}
+	d = displaced{file: f, path: temp, was: old}
 	if now, err := d.read(); err != nil || !bytes.Equal(now, old) {
 		// Their file goes back, so that what they are still writing is seen.
 		_ = f.Close()
-		return displaced{}, errors.Join(errRaced, err, unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE))
+		if back := exchange(temp, path); back != nil {
+			return displaced{}, errors.Join(errRaced, err, back)
+		}
+		return displaced{}, errors.Join(errRaced, err, durable.Remove(temp))
 	}
-	return d, syncFolder(filepath.Dir(path))
+	return d, durable.SyncFolder(filepath.Dir(path))
+}
+
+func exchange(a, b string) error {
+	return unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE)
 }
 
 func editByRename(path, temp string, old []byte) error {
@@ -164,18 +95,61 @@ func editByRename(path, temp string, old []byte) error {
 	if !bytes.Equal(now, old) {
 		return errRaced
 	}
-	if err := os.Rename(temp, path); err != nil {
-		return err
-	}
-	return syncFolder(filepath.Dir(path))
+	return os.Rename(temp, path)
 }
 
 func (d displaced) read() ([]byte, error) {
 	return io.ReadAll(io.NewSectionReader(d.file, 0, maxFileBytes))
 }
 
+// close gives up what somebody may still write into the file.
 func (d displaced) close() {
 	if d.file != nil {
 		_ = d.file.Close()
+		_ = os.Remove(d.path)
 	}
+}
+
+// removeLeftovers clears up after a process that was killed. It is called with the
+// lock held, under which no other process edits there.
+func removeLeftovers(dirs ...string) {
+	durable.Sweep(dirs...)
+	for _, dir := range dirs {
+		for _, d := range recoverTaken(dir) {
+			d.close()
+		}
+	}
+}
+
+// recoverTaken looks for what an edit that was killed has left in a folder. The file
+// that it was about to put in is deleted. One that it had displaced, and that
+// somebody had written to, goes back to its place, unless that was written to again
+// since. One that is as it was is returned: its author may still have it open.
+func recoverTaken(dir string) (out []displaced) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		name := takenName.FindStringSubmatch(e.Name())
+		if name == nil || !e.Type().IsRegular() {
+			continue
+		}
+		temp, path := filepath.Join(dir, e.Name()), filepath.Join(dir, name[1])
+		data, err := readFile(temp)
+		if err != nil {
+			continue
+		}
+		switch brief(data) {
+		case name[2]:
+		case name[3]:
+			if f, err := os.Open(temp); err == nil {
+				out = append(out, displaced{file: f, path: temp, was: data})
+			}
+			continue
+		default:
+			if now, err := readFile(path); err == nil && brief(now) == name[2] && exchange(temp, path) != nil {
+				continue // it stays for the next
+			}
+		}
+		_ = durable.Remove(temp)
+	}
+	return out
 }

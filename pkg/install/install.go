@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/identity"
 )
 
@@ -223,7 +224,7 @@ func (o Options) install(ctx context.Context) (Plan, error) {
 	if err != nil {
 		return Plan{}, fmt.Errorf("the entry: %w", err)
 	}
-	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+	if err := durable.MkdirAll(c.StateDir, 0o700); err != nil {
 		return Plan{}, err
 	}
 	held, err := lock(ctx, c.StateDir)
@@ -231,6 +232,11 @@ func (o Options) install(ctx context.Context) (Plan, error) {
 		return Plan{}, err
 	}
 	defer held.Close()
+	dirs := []string{o.CNIDir, o.BinDir, c.StateDir}
+	if c.SecretFile != "" {
+		dirs = append(dirs, filepath.Dir(c.SecretFile))
+	}
+	removeLeftovers(dirs...) // before anything is decided: it may put a file back
 	var done []Change
 	for {
 		p, err := o.Prepare()
@@ -255,8 +261,6 @@ func (p *Plan) carryOut(stateDir string) error {
 	if err != nil {
 		return err
 	}
-	dirs := append(slices.Clone(p.folders), p.Record.CNIDir, stateDir)
-	removeLeftovers(dirs...)
 	if had != nil && len(p.Changes) == 0 && reflect.DeepEqual(*had, p.Record) {
 		return nil
 	}
@@ -277,6 +281,9 @@ func (p *Plan) carryOut(stateDir string) error {
 		begun.Plugin, begun.Folders = plugin, p.Record.Folders
 	}
 	begun.Stage = Installing
+	if err := config.KeepStateDir(p.Record.CNIDir, stateDir); err != nil {
+		return err
+	}
 	if err := begun.save(stateDir); err != nil {
 		return err
 	}
@@ -285,7 +292,7 @@ func (p *Plan) carryOut(stateDir string) error {
 		if p.Record.Secret != nil && dir == filepath.Dir(p.Record.Secret.Path) {
 			mode = 0o700
 		}
-		if err := os.MkdirAll(dir, mode); err != nil {
+		if err := durable.MkdirAll(dir, mode); err != nil {
 			return err
 		}
 	}

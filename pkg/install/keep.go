@@ -14,6 +14,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 const (
@@ -142,7 +143,7 @@ func (k *keeper) look() {
 	}
 	k.warn("record", nil)
 	if !k.swept {
-		removeLeftovers(r.CNIDir, k.stateDir, filepath.Dir(r.Plugin.Path))
+		k.sweep(r)
 		k.swept = true
 	}
 	was := r
@@ -155,6 +156,17 @@ func (k *keeper) look() {
 	}
 	if !reflect.DeepEqual(was, r) {
 		k.warn("save", r.save(k.stateDir))
+	}
+}
+
+// sweep clears up after a process that was killed. Files that it had displaced are
+// looked at for a while, as those that this one displaces.
+func (k *keeper) sweep(r Record) {
+	removeLeftovers(k.stateDir, filepath.Dir(r.Plugin.Path))
+	durable.Sweep(r.CNIDir)
+	for _, d := range recoverTaken(r.CNIDir) {
+		name := takenName.FindStringSubmatch(filepath.Base(d.path))[1]
+		k.late = append(k.late, lateFile{displaced: d, name: name, until: k.now().Add(k.grace)})
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/identity"
 )
 
@@ -71,11 +72,11 @@ func (k *keeper) keepPlugin(r *Record) {
 		}
 		switch sum := hashOf(mine); {
 		case sum == r.Plugin.SHA256, missing && from == k.beside:
-			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 				k.warn("plugin", err)
 				return
 			}
-			if err := replaceFile(path, mine, 0o755); err != nil {
+			if err := durable.Replace(path, mine, 0o755); err != nil {
 				k.warn("plugin", err)
 				return
 			}
@@ -127,10 +128,10 @@ func (k *keeper) keepSecret(r Record) error {
 	}
 	there, err := os.ReadFile(s.Path)
 	if info, serr := os.Stat(s.Path); err != nil || serr != nil || !bytes.Equal(there, data) || info.Mode().Perm() != 0o600 {
-		if err := os.MkdirAll(filepath.Dir(s.Path), 0o700); err != nil {
+		if err := durable.MkdirAll(filepath.Dir(s.Path), 0o700); err != nil {
 			return err
 		}
-		if err := replaceFile(s.Path, data, 0o600); err != nil {
+		if err := durable.Replace(s.Path, data, 0o600); err != nil {
 			return err
 		}
 		k.log.Info("installation: the cluster secret has changed, and is copied anew", "file", s.Path, "from", s.From)

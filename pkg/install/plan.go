@@ -13,6 +13,7 @@ import (
 	"github.com/rogpeppe/go-internal/diff"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 // Change is what happens to one file.
@@ -73,7 +74,7 @@ func (p Plan) Print(w io.Writer) error {
 func (c Change) apply() error {
 	switch {
 	case c.New == nil:
-		return removeFile(c.Path)
+		return durable.Remove(c.Path)
 	case c.Foreign:
 		d, err := edit(c.Path, c.Old, c.New)
 		d.close()
@@ -82,7 +83,7 @@ func (c Change) apply() error {
 		}
 		return nil
 	}
-	return replaceFile(c.Path, c.New, c.Mode)
+	return durable.Replace(c.Path, c.New, c.Mode)
 }
 
 // placement decides about a file that is copied to a place: mode 0755 for a

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 // The record's file and its lock, in the state folder.
@@ -61,6 +63,8 @@ type Record struct {
 	Plugin Placed `json:"plugin"`
 	// Secret is nil where the cluster secret was not copied.
 	Secret *Placed `json:"secret,omitempty"`
+	// Left says that the node has left the mesh, in a removal that goes on.
+	Left bool `json:"left,omitempty"`
 	// Folders are those that were made, outermost first.
 	Folders []string `json:"folders,omitempty"`
 }
@@ -113,7 +117,7 @@ func (r Record) save(stateDir string) error {
 	if err != nil {
 		return err
 	}
-	return replaceFile(filepath.Join(stateDir, RecordFile), append(data, '\n'), 0o600)
+	return durable.Replace(filepath.Join(stateDir, RecordFile), append(data, '\n'), 0o600)
 }
 
 // lock lets one process at a time change an installation. It waits for others as

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 // unreadyWait is how long a removal waits for a network configuration that is
@@ -125,6 +126,7 @@ func (m *Removal) files(p *Plan, purge bool) (out []Change) {
 // TakeOut marks the record, so that no keeper puts back what goes now, and takes
 // the entry out of the network configurations. Called again it has nothing to do.
 func (m *Removal) TakeOut(ctx context.Context) ([]Change, error) {
+	removeLeftovers(m.Record.CNIDir, m.stateDir, filepath.Dir(m.Record.Plugin.Path))
 	changes, err := m.entry()
 	if err != nil && !errors.Is(err, ErrUnready) {
 		return nil, err
@@ -135,7 +137,6 @@ func (m *Removal) TakeOut(ctx context.Context) ([]Change, error) {
 			return nil, err
 		}
 	}
-	removeLeftovers(m.Record.CNIDir, m.stateDir, filepath.Dir(m.Record.Plugin.Path))
 	ctx, cancel := context.WithTimeout(ctx, unreadyWait)
 	defer cancel()
 	for {
@@ -163,6 +164,13 @@ func applyAll(changes []Change) error {
 	return nil
 }
 
+// SaveLeft notes that the node has left the mesh: what Finish deletes is not needed
+// for that any more.
+func (m *Removal) SaveLeft() error {
+	m.Record.Left = true
+	return m.Record.save(m.stateDir)
+}
+
 // Finish deletes the binary, with purge also the node's key with all else in the
 // state folder and the copied secret, and the record at last. It fails, and deletes
 // nothing, if a network configuration has the entry (again).
@@ -187,15 +195,37 @@ func (m *Removal) Finish(purge bool) (Plan, error) {
 			return p, err
 		}
 	}
-	for _, name := range []string{RecordFile, lockFile} {
-		if err := removeFile(filepath.Join(m.stateDir, name)); err != nil {
-			return p, err
-		}
+	if err := durable.Remove(filepath.Join(m.stateDir, RecordFile)); err != nil {
+		return p, err
+	}
+	return p, m.forget(purge)
+}
+
+// forget deletes what is left when the record is gone.
+func (m *Removal) forget(purge bool) error {
+	if err := durable.Remove(filepath.Join(m.stateDir, lockFile)); err != nil {
+		return err
 	}
 	if purge {
 		_ = os.Remove(m.stateDir) // one that is a mount stays, empty
 	}
-	return p, nil
+	return config.ForgetStateDir(m.Record.CNIDir, m.stateDir)
+}
+
+// FinishRemoval is for a state folder without a record: it does what a removal that
+// was killed after that has not come to.
+func FinishRemoval(stateDir, cniDir string, purge bool) error {
+	m := Removal{Record: Record{CNIDir: cniDir}, stateDir: stateDir}
+	if _, err := os.Lstat(filepath.Join(stateDir, lockFile)); err == nil {
+		if m.held, err = tryLock(stateDir); err != nil || m.held == nil {
+			return err // somebody installs just now
+		}
+		defer m.Close()
+	}
+	if _, err := os.Lstat(filepath.Join(stateDir, RecordFile)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return m.forget(purge)
 }
 
 // purge deletes all of the state folder but the record and the lock, which go last.

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
 	"go4.org/netipx"
 	"golang.org/x/sys/unix"
 
@@ -17,9 +18,16 @@ import (
 // elementsPerMessage keeps a message well below 64 KiB, netlink's limit for an attribute.
 const elementsPerMessage = 500
 
+// bufferSize is in bytes, of a socket that sends a transaction in one piece.
+const bufferSize = 4 << 20
+
 func (k *Kernel) nftConn() (*nftables.Conn, error) {
 	if k.nft == nil {
-		c, err := nftables.New(nftables.AsLasting())
+		// The kernel acknowledges each of the hundreds of messages of a transaction
+		// before the first answer is read: what is usual has room for some 270.
+		c, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(s *netlink.Conn) error {
+			return errors.Join(s.SetReadBuffer(bufferSize), s.SetWriteBuffer(bufferSize))
+		}))
 		if err != nil {
 			return nil, fmt.Errorf("open a netfilter socket: %w", err)
 		}
@@ -55,9 +63,10 @@ const (
 	setExempt   = "exempt"
 	setPods     = "pods"
 	setMasq     = "masqueraded"
+	setBehind   = "behind"
 )
 
-var prefixSets = []string{setCluster, setGuarded, setWithheld, setLocal, setMasq}
+var prefixSets = []string{setCluster, setGuarded, setWithheld, setLocal, setMasq, setBehind}
 
 func (f family) set(name string) *nftables.Set {
 	return &nftables.Set{
@@ -77,16 +86,33 @@ func prefixesOf(f *mesh.Filter, name string) *[]netip.Prefix {
 		return &f.Withheld
 	case setMasq:
 		return &f.Masqueraded
+	case setBehind:
+		return &f.Behind
 	}
 	return &f.Local
 }
 
-// replaceFilter makes the table anew. It is one transaction: there is no moment without a guard.
+// replaceFilter makes the table anew. It is one transaction: there is no moment
+// without a guard. A kernel that cannot verify sources gets a table that does not.
 func (k *Kernel) replaceFilter(f mesh.Filter) error {
 	c, err := k.nftConn()
 	if err != nil {
 		return err
 	}
+	err = writeTable(c, f, true)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) {
+		err = writeTable(c, f, false)
+	}
+	if f.Nodes.Mark != 0 && errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("this kernel has not all that encryptNodes and externalCIDRs need (nftables with masquerade, CONFIG_NF_CONNTRACK_MARK): %w", err)
+	}
+	if err != nil {
+		return err
+	}
+	return replaceARP(c, f.Nodes.Mark)
+}
+
+func writeTable(c *nftables.Conn, f mesh.Filter, verify bool) error {
 	t := table()
 	was := rememberedSrcValidMark(c)
 	c.AddTable(t) // so that the deletion cannot fail
@@ -95,6 +121,11 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 	for _, fam := range families {
 		for _, name := range append(slices.Clone(prefixSets), setExempt, setPods) {
 			if err := c.AddSet(fam.set(name), nil); err != nil {
+				return err
+			}
+		}
+		if verify {
+			if err := addVerifiedSet(c, fam); err != nil {
 				return err
 			}
 		}
@@ -110,7 +141,7 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 	if was != "" {
 		c.AddObj(counter(srcValidMarkWas + was))
 	}
-	for _, ch := range chains(f.Interface, f.Nodes.Mark) {
+	for _, ch := range chains(f.Interface, f.FwMark, f.Nodes.Mark, verify) {
 		nc := c.AddChain(ch.chain())
 		for _, r := range ch.rules {
 			c.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: r.exprs, UserData: comment(r.text)})
@@ -127,12 +158,7 @@ func (k *Kernel) replaceFilter(f mesh.Filter) error {
 			return err
 		}
 	}
-	if err := c.Flush(); f.Nodes.Mark != 0 && errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("this kernel has not all that encryptNodes and externalCIDRs need (nftables with masquerade, CONFIG_NF_CONNTRACK_MARK): %w", err)
-	} else if err != nil {
-		return err
-	}
-	return replaceARP(c, f.Nodes.Mark)
+	return c.Flush()
 }
 
 // setFilter refills the sets in one transaction, so that no packet sees them empty.
@@ -259,7 +285,7 @@ func (k *Kernel) observeFilter(s *mesh.State) error {
 	if err != nil {
 		return err
 	}
-	present, whole, err := k.observeChains(c, &s.Filter.Nodes.Mark)
+	present, whole, err := k.observeChains(c, &s.Filter)
 	if err != nil {
 		return fmt.Errorf("read nftables table %s: %w", TableName, err)
 	}
@@ -290,7 +316,7 @@ func (k *Kernel) observeFilter(s *mesh.State) error {
 	return nil
 }
 
-func (k *Kernel) observeChains(c *nftables.Conn, mark *uint32) (present, whole bool, err error) {
+func (k *Kernel) observeChains(c *nftables.Conn, f *mesh.Filter) (present, whole bool, err error) {
 	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return false, false, err
@@ -312,10 +338,13 @@ func (k *Kernel) observeChains(c *nftables.Conn, mark *uint32) (present, whole b
 			have[ch.Name] = ch
 		}
 	}
-	if *mark, err = observeMark(c, have[chainNodePlain]); err != nil {
+	if f.Nodes.Mark, err = observeMark(c, have[chainNodePlain]); err != nil {
 		return true, false, err
 	}
-	want := chains(k.Interface, *mark)
+	if f.FwMark, err = observeFwMark(c, have[chainPlainIn]); err != nil {
+		return true, false, err
+	}
+	want := chains(k.Interface, f.FwMark, f.Nodes.Mark, have[chainFromHere] != nil)
 	if len(have) != len(want) {
 		return true, false, nil
 	}
@@ -332,8 +361,8 @@ func (k *Kernel) observeChains(c *nftables.Conn, mark *uint32) (present, whole b
 			return true, false, nil
 		}
 	}
-	if *mark != 0 {
-		whole, err = arpHolds(c, *mark)
+	if f.Nodes.Mark != 0 {
+		whole, err = arpHolds(c, f.Nodes.Mark)
 		return true, whole, err
 	}
 	return true, true, nil

@@ -49,8 +49,8 @@ import (
 //	  oifname "lo" return; icmpv6 type 133-137 return
 //	  counter name "dropped-out" drop
 //	}
-//	chain keep-source { ...
-//	  oifname "wgcni0" ip saddr @own4 snat ip to ip saddr
+//	chain kept { ...
+//	  ip saddr @own4 snat ip to ip saddr
 //	}
 //	chain own-source { ...                       # direct, with the source of the route by the tunnel
 //	  oifname != "wgcni0" ip saddr @local4 ip daddr @nodes4 meta mark and 0x4 != 0 masquerade
@@ -141,7 +141,7 @@ func directSet() *nftables.Set {
 
 // addNodeRules adds what the plain chains get with a mark, and returns the chains
 // that there are besides.
-func addNodeRules(link string, mark uint32, forward, output, keepSource, ownSource *chainSpec) []chainSpec {
+func addNodeRules(links []string, mark uint32, forward, output, kept, ownSource *chainSpec) []chainSpec {
 	arrive := chainSpec{name: "node-arrive", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: arrivePriority}
 	send := chainSpec{name: "node-send", kind: nftables.ChainTypeRoute, hook: nftables.ChainHookOutput, priority: arrivePriority}
 	plain, out := chainSpec{name: chainNodePlain}, chainSpec{name: chainNodeOut}
@@ -150,13 +150,15 @@ func addNodeRules(link string, mark uint32, forward, output, keepSource, ownSour
 	for _, asks := range []part{{"tcp", layer4(unix.IPPROTO_TCP)}, udpService(), {"icmp", layer4(unix.IPPROTO_ICMP)}, {"icmpv6", layer4(unix.IPPROTO_ICMPV6)}} {
 		plain.add(ctNew(), asks, setCtMark(mark, true))
 	}
-	out.add(loopback(), back)
+	out.add(loopback("oifname", expr.MetaKeyOIFNAME), back)
 	out.add(neighbourDiscovery(), back)
 	for _, f := range families {
-		in, notIn := f.via(expr.MetaKeyIIFNAME, "iifname", link), f.notVia(expr.MetaKeyIIFNAME, "iifname", link)
-		notOut := f.notVia(expr.MetaKeyOIFNAME, "oifname", link)
+		notIn, notOut := f.notVia(expr.MetaKeyIIFNAME, "iifname", links), f.notVia(expr.MetaKeyOIFNAME, "oifname", links)
 		asked := []part{f.proto(), f.to(setNodes), ctDirection("reply", 1), ctMarked(mark), setMark(mark)}
-		arrive.add(in, f.from(setNodes), ctDirection("original", 0), setCtMark(mark, false))
+		for _, l := range links {
+			arrive.add(f.via(expr.MetaKeyIIFNAME, "iifname", l), f.from(setNodes), ctDirection("original", 0), setCtMark(mark, false))
+		}
+		kept.add(f.proto(), f.from(setOwn), f.keepSource())
 		arrive.add(notIn, f.from(setNodes), jump(chainNodePlain))
 		arrive.add(asked...)
 		for _, set := range []string{setOwn, setExempt, setLocal, setPods} {
@@ -173,8 +175,6 @@ func addNodeRules(link string, mark uint32, forward, output, keepSource, ownSour
 		forward.add(notOut, f.from(setCluster), f.to(setHeld), unmarked(mark), jump(chainNodeOut))
 		forward.add(notIn, f.from(setHeld), f.to(setCluster), count(counterIn), verdict("drop", expr.VerdictDrop))
 		output.add(notOut, f.to(setHeld), unmarked(mark), jump(chainNodeOut))
-		outLink := f.via(expr.MetaKeyOIFNAME, "oifname", link)
-		keepSource.add(outLink, f.from(setOwn), f.keepSource())
 		ownSource.add(notOut, f.from(setLocal), f.to(setNodes), hasMark(mark), masquerade())
 	}
 	plain.add(setMark(mark))
@@ -252,12 +252,10 @@ func ctNew() part {
 	return part{"ct state new", append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}, testBit(expr.CtStateBitNEW, expr.CmpOpNeq)...)}
 }
 
-func loopback() part {
-	name := make([]byte, unix.IFNAMSIZ)
-	copy(name, "lo")
-	return part{"oifname lo", []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: name},
+func loopback(text string, key expr.MetaKey) part {
+	return part{text + " lo", []expr.Any{
+		&expr.Meta{Key: key, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: linkName("lo")},
 	}}
 }
 

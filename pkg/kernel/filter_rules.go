@@ -1,18 +1,25 @@
 package kernel
 
 import (
+	"slices"
+
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
-// The table, as `nft list table inet wgcni` shows it (here for IPv4 and wgcni0):
+// The table, as `nft list table inet wgcni` shows it (here for IPv4 and wgcni0).
+// What is there for wgcni0 is there for wgcni0x as well, and what is not for wgcni0
+// is for neither of the two: they carry the same while keys are rotated. So the
+// table is the same whether there is a second interface or not.
 //
 //	chain forward {                              # what passes through this node
 //	  type filter hook forward priority filter - 10
-//	  oifname "wgcni0" return                    # encrypted: the most frequent comes first
-//	  iifname "wgcni0" ip daddr @local4 return   # decrypted, for a pod here
+//	  oifname "wgcni0" goto into-tunnel          # encrypted: the most frequent comes first
+//	  iifname "wgcni0" rt ip nexthop @local4 return # decrypted, for a pod here
 //	  oifname != "wgcni0" ip saddr @cluster4 ip daddr @guarded4 jump plain-out
 //	  iifname != "wgcni0" ip saddr @guarded4 ip daddr @cluster4 jump plain-in
 //	}
@@ -25,24 +32,36 @@ import (
 //	  iifname != "wgcni0" ip saddr @withheld4 ip daddr @cluster4 jump plain-in
 //	}
 //	chain plain-out {                            # unless the far end is here
-//	  ip daddr @local4 return; ip daddr @pods4 return; ip daddr @exempt4 return
+//	  rt ip nexthop @local4 return; rt ip nexthop @pods4 return; ip daddr @exempt4 return; ip daddr @behind4 return
 //	  counter name "dropped-out" drop
 //	}
-//	chain plain-in { the same for saddr, and for an exempt daddr }
+//	chain plain-in { goto from-here for a local saddr and one of pods, return for an exempt saddr and daddr, then drop }
 //	chain keep-source {
 //	  type nat hook postrouting priority srcnat - 10
-//	  oifname "wgcni0" ip saddr @local4 snat ip to ip saddr
-//	  oifname "wgcni0" ip saddr @pods4 snat ip to ip saddr
+//	  oifname "wgcni0" jump kept
+//	}
+//	chain kept {
+//	  ip saddr @local4 snat ip to ip saddr
+//	  ip saddr @pods4 snat ip to ip saddr
 //	}
 //	chain own-source {                           # of what no peer would take as it is (antrea#2697)
 //	  type nat hook postrouting priority srcnat + 10
-//	  oifname "wgcni0" ip saddr != @cluster4 masquerade
-//	  oifname "wgcni0" ip saddr @exempt4 masquerade
-//	  oifname "wgcni0" ip saddr @masqueraded4 masquerade
+//	  oifname "wgcni0" jump replaced
+//	}
+//	chain replaced {
+//	  ip saddr != @cluster4 masquerade
+//	  ip saddr @exempt4 masquerade
+//	  ip saddr @masqueraded4 masquerade
 //	}
 //
 // The rules name clusters, not pods, as sources: the last packets of a pod
 // that is being deleted are held too.
+//
+// A packet is for a pod of this node if the route leads there: the next hop is the
+// destination itself where it is on the link (net/ipv4/route.c, rt_nexthop). When a
+// pod is gone, so is the route to it, and others would lead what was meant for it,
+// decrypted by now, to a router. What is behind a machine that is no node may well be
+// behind a router of its own.
 
 const (
 	counterOut = "dropped-out"
@@ -93,46 +112,71 @@ const (
 	masqPriority   = nftables.ChainPriority(110) // behind all of them
 )
 
-// chains are those of the table; the nodes' own are among them where mark is not 0.
-func chains(link string, mark uint32) []chainSpec {
+// chains are those of the table; the nodes' own are among them where mark is not 0,
+// and those that verify sources where the kernel can.
+func chains(link string, fwMark, mark uint32, verify bool) []chainSpec {
 	filter := func(name string, hook *nftables.ChainHook) chainSpec {
 		return chainSpec{name: name, kind: nftables.ChainTypeFilter, hook: hook, priority: filterPriority}
 	}
 	plainOut, plainIn := chainSpec{name: chainPlainOut}, chainSpec{name: chainPlainIn}
+	kept, replaced := chainSpec{name: "kept"}, chainSpec{name: "replaced"}
 	forward := filter("forward", nftables.ChainHookForward)
 	output := filter("output", nftables.ChainHookPostrouting)
 	input := filter("input", nftables.ChainHookInput)
 	keepSource := chainSpec{name: "keep-source", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: natPriority}
 	ownSource := chainSpec{name: "own-source", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: masqPriority}
+	back, drop := verdict("return", expr.VerdictReturn), verdict("drop", expr.VerdictDrop)
+	intoTunnel, ownSources := back, back
+	var first, more []chainSpec // what is jumped to has to be there
+	if verify {
+		into, here := verifyingChains(fwMark)
+		intoTunnel, ownSources = jumpOff(into.name), jumpOff(here.name)
+		first = []chainSpec{here, into}
+	}
+	links := []string{link, mesh.SpareInterface(link)}
+	for _, l := range links {
+		into := via(expr.MetaKeyOIFNAME, "oifname", l)
+		forward.add(into, intoTunnel)
+		for _, f := range families {
+			forward.add(f.via(expr.MetaKeyIIFNAME, "iifname", l), f.nextHop(setLocal), back)
+			forward.add(f.via(expr.MetaKeyIIFNAME, "iifname", l), f.to(setBehind), back)
+		}
+		keepSource.add(into, jump(kept.name))
+		ownSource.add(into, jump(replaced.name))
+	}
 	for _, f := range families {
-		forward.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), verdict("return", expr.VerdictReturn))
-		forward.add(f.via(expr.MetaKeyIIFNAME, "iifname", link), f.to(setLocal), verdict("return", expr.VerdictReturn))
-		notOut, notIn := f.notVia(expr.MetaKeyOIFNAME, "oifname", link), f.notVia(expr.MetaKeyIIFNAME, "iifname", link)
+		notOut, notIn := f.notVia(expr.MetaKeyOIFNAME, "oifname", links), f.notVia(expr.MetaKeyIIFNAME, "iifname", links)
 		forward.add(notOut, f.from(setCluster), f.to(setGuarded), jump(chainPlainOut))
 		forward.add(notIn, f.from(setGuarded), f.to(setCluster), jump(chainPlainIn))
 		output.add(notOut, f.to(setWithheld), jump(chainPlainOut))
 		input.add(notIn, f.from(setWithheld), f.to(setCluster), jump(chainPlainIn))
 		for _, set := range []string{setLocal, setPods, setExempt} {
-			plainOut.add(f.proto(), f.to(set), verdict("return", expr.VerdictReturn))
-			plainIn.add(f.proto(), f.from(set), verdict("return", expr.VerdictReturn))
+			here := f.nextHop(set)
+			if set == setExempt {
+				here = f.to(set)
+			}
+			plainOut.add(f.proto(), here, back)
 		}
-		plainIn.add(f.proto(), f.to(setExempt), verdict("return", expr.VerdictReturn))
+		plainOut.add(f.proto(), f.to(setBehind), back)
 		for _, set := range []string{setLocal, setPods} {
-			keepSource.add(f.via(expr.MetaKeyOIFNAME, "oifname", link), f.from(set), f.keepSource())
+			plainIn.add(f.proto(), f.from(set), ownSources)
 		}
-		outLink := f.via(expr.MetaKeyOIFNAME, "oifname", link)
-		ownSource.add(outLink, f.fromOutside(setCluster), masquerade())
+		plainIn.add(f.proto(), f.from(setExempt), back)
+		plainIn.add(f.proto(), f.to(setExempt), back)
+		for _, set := range []string{setLocal, setPods} {
+			kept.add(f.proto(), f.from(set), f.keepSource())
+		}
+		replaced.add(f.proto(), f.fromOutside(setCluster), masquerade())
 		for _, set := range []string{setExempt, setMasq} {
-			ownSource.add(outLink, f.from(set), masquerade())
+			replaced.add(f.proto(), f.from(set), masquerade())
 		}
 	}
-	plainOut.add(count(counterOut), verdict("drop", expr.VerdictDrop))
-	plainIn.add(count(counterIn), verdict("drop", expr.VerdictDrop))
-	var more []chainSpec
+	plainOut.add(count(counterOut), drop)
+	plainIn.add(count(counterIn), drop, madeFor(fwMark))
 	if mark != 0 {
-		more = addNodeRules(link, mark, &forward, &output, &keepSource, &ownSource)
+		more = addNodeRules(links, mark, &forward, &output, &kept, &ownSource)
 	}
-	return append([]chainSpec{plainOut, plainIn}, append(more, forward, output, input, keepSource, ownSource)...)
+	return slices.Concat(first, []chainSpec{plainOut, plainIn, kept, replaced}, more, []chainSpec{forward, output, input, keepSource, ownSource})
 }
 
 // A part is a piece of a rule: its text, and what the kernel takes.
@@ -160,25 +204,51 @@ func (f family) proto() part {
 	}}
 }
 
-func (f family) interfaceIs(op expr.CmpOp, key expr.MetaKey, text, link string) part {
-	name := make([]byte, unix.IFNAMSIZ) // compared with its padding
-	copy(name, link)
-	p := f.proto()
-	return part{p.text + " " + text + " " + link, append(p.exprs,
+func via(key expr.MetaKey, text, link string) part {
+	return part{text + " " + link, []expr.Any{
 		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: op, Register: 1, Data: name})}
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: linkName(link)},
+	}}
 }
 
 func (f family) via(key expr.MetaKey, text, link string) part {
-	return f.interfaceIs(expr.CmpOpEq, key, text, link)
+	p, by := f.proto(), via(key, text, link)
+	return part{p.text + " " + by.text, append(p.exprs, by.exprs...)}
 }
 
-func (f family) notVia(key expr.MetaKey, text, link string) part {
-	return f.interfaceIs(expr.CmpOpNeq, key, text+" !=", link)
+// notVia is by none of the links. A set of them would be looked up for longer than
+// two names are compared.
+func (f family) notVia(key expr.MetaKey, text string, links []string) part {
+	p := f.proto()
+	p.exprs = append(p.exprs, &expr.Meta{Key: key, Register: 1})
+	for _, l := range links {
+		p.text += " " + text + " != " + l
+		p.exprs = append(p.exprs, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: linkName(l)})
+	}
+	return p
+}
+
+// linkName is an interface's as registers hold it, with its padding.
+func linkName(link string) []byte {
+	name := make([]byte, unix.IFNAMSIZ)
+	copy(name, link)
+	return name
 }
 
 func (f family) from(set string) part { return f.inSet("saddr", f.saddr, set) }
 func (f family) to(set string) part   { return f.inSet("daddr", f.daddr, set) }
+
+// nextHop is where the packet's route leads: the router, or else its destination.
+func (f family) nextHop(set string) part {
+	key := expr.RtNexthop4
+	if f.v6 {
+		key = expr.RtNexthop6
+	}
+	return part{"nexthop @" + set + f.name, []expr.Any{
+		&expr.Rt{Register: 1, Key: key},
+		&expr.Lookup{SourceRegister: 1, SetName: set + f.name},
+	}}
+}
 
 func (f family) fromOutside(set string) part {
 	return part{"saddr != @" + set + f.name, []expr.Any{
@@ -211,6 +281,11 @@ func masquerade() part { return part{"masquerade", []expr.Any{&expr.Masq{}}} }
 
 func jump(chain string) part {
 	return part{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
+}
+
+// jumpOff is a jump that does not come back here: a return is one of this chain.
+func jumpOff(chain string) part {
+	return part{"goto " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
 }
 
 func verdict(text string, kind expr.VerdictKind) part {

@@ -18,11 +18,9 @@ func (k *Kernel) Greet(peers []wgtypes.Key, keepalive time.Duration) error {
 // Uplink reports whether a default route leads out by an interface that has a
 // carrier: else this machine is cut off from the others, and not they from it.
 func (k *Kernel) Uplink() (bool, error) {
-	ours := 0
-	if l, err := k.link(k.Interface); err != nil {
+	ours, err := k.ownIndices()
+	if err != nil {
 		return false, err
-	} else if l != nil {
-		ours = l.Attrs().Index
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		route, err := k.defaultRoute(family, ours)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/google/nftables"
+	rtnetlink "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -28,11 +29,12 @@ var ErrNoWireGuard = errors.New("this kernel has no WireGuard, and no userspace 
 
 // Config is what a Kernel needs to know.
 type Config struct {
-	// Interface is the name of the WireGuard interface. Required.
+	// Interface is the name of the WireGuard interface; mesh.SpareInterface has
+	// that of the second one. Required.
 	Interface string
-	// PrivateKey returns the node's key; it is asked only to configure an
-	// interface. Required to apply mesh.ConfigureLink.
-	PrivateKey func() (wgtypes.Key, error)
+	// PrivateKey returns the key that has this public one; it is asked only to
+	// configure an interface. Required to apply mesh.ConfigureLink.
+	PrivateKey func(public wgtypes.Key) (wgtypes.Key, error)
 	// PresharedKey returns the key that this node shares with a peer, of that
 	// fingerprint; it is asked only to set it. Required to apply a mesh.SetPeer
 	// that names one.
@@ -46,12 +48,14 @@ type Config struct {
 // is not safe for concurrent use.
 type Kernel struct {
 	Config
-	rt  *netlink.Handle
-	nft *nftables.Conn // dialled by the first use
-	wg  wireguard
-	// linkIndex is that of Interface, 0 while it has to be looked up. It is good
-	// for one Apply, in which thousands of routes may need it.
-	linkIndex int
+	rt    *netlink.Handle
+	batch *rtnetlink.Conn // of setRoutes
+	nft   *nftables.Conn  // dialled by the first use
+	wg    wireguard
+	// linkIndex are those of our interfaces, by name. They are good for one Apply,
+	// in which thousands of routes may need them.
+	linkIndex map[string]int
+	waves     waves
 	// staleRoutes6 is set while sockets may hold on to another route for a machine
 	// that is reached through the tunnel now.
 	staleRoutes6 bool
@@ -63,13 +67,20 @@ func Open(c Config) (*Kernel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open a netlink socket: %w", err)
 	}
-	return &Kernel{Config: c, rt: rt}, nil
+	batch, err := rtnetlink.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		rt.Close()
+		return nil, fmt.Errorf("open a netlink socket: %w", err)
+	}
+	return &Kernel{Config: c, rt: rt, batch: batch, linkIndex: map[string]int{}}, nil
 }
 
 // Close releases the sockets.
 func (k *Kernel) Close() {
 	k.rt.Close()
+	_ = k.batch.Close()
 	k.wg.close()
+	k.waves.close()
 	if k.nft != nil {
 		_ = k.nft.CloseLasting()
 	}
@@ -78,7 +89,7 @@ func (k *Kernel) Close() {
 // Observe returns all that the kernel holds of ours.
 func (k *Kernel) Observe() (mesh.State, error) {
 	var s mesh.State
-	for _, read := range []func(*mesh.State) error{k.observeLink, k.observeRoutes, k.observeRules, k.observeFilter, k.observeSrcValidMark} {
+	for _, read := range []func(*mesh.State) error{k.observeLinks, k.observeRoutes, k.observeRules, k.observeFilter, k.observeSrcValidMark} {
 		if err := read(&s); err != nil {
 			return mesh.State{}, err
 		}
@@ -88,24 +99,32 @@ func (k *Kernel) Observe() (mesh.State, error) {
 }
 
 // Apply carries out the ops in order. An op that fails does not keep the others
-// from being tried; all failures are returned, joined. Where the interface
+// from being tried; all failures are returned, joined. Where an interface
 // cannot be made, the ops that need it are left out, and only the cause is
 // returned.
 func (k *Kernel) Apply(ops []mesh.Op) error {
 	var errs []error
-	linkMissing := false
+	missing := map[string]bool{} // interfaces that could not be made
 	gate := newNodeGate(ops)
-	k.linkIndex = 0
+	clear(k.linkIndex)
 	for len(ops) > 0 {
 		op, n := ops[0], 1
 		var err error
 		switch {
-		case linkMissing && mesh.NeedsLink(op):
+		case missing[linkOf(op)]:
 			gate.fail(op)
 		case gate.shuts(op):
 		case isPeerOp(op):
 			n = leadingPeerOps(ops)
 			err = k.applyPeers(ops[:n])
+		case isRoute(op):
+			n = leadingRoutes(ops, gate)
+			for i, rerr := range k.setRoutes(ops[:n]) {
+				if rerr != nil {
+					errs = append(errs, fmt.Errorf("%s: %w", ops[i], rerr))
+					gate.fail(ops[i])
+				}
+			}
 		default:
 			err = k.apply(op)
 		}
@@ -115,8 +134,8 @@ func (k *Kernel) Apply(ops []mesh.Op) error {
 			}
 			errs = append(errs, err)
 			gate.fail(op)
-			if _, add := op.(mesh.AddLink); add {
-				linkMissing = true
+			if k.needsToBe(op) {
+				missing[linkOf(op)] = true
 			}
 		}
 		ops = ops[n:]
@@ -125,6 +144,45 @@ func (k *Kernel) Apply(ops []mesh.Op) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// linkOf is the interface that an op works on, and is nothing without; "" if it
+// needs none.
+func linkOf(op mesh.Op) string {
+	switch o := op.(type) {
+	case mesh.AddLink:
+		return o.Name
+	case mesh.ConfigureLink:
+		return o.Link.Name
+	case mesh.SetLink:
+		return o.Name
+	case mesh.AddAddress:
+		return o.Link
+	case mesh.SetPeer:
+		return o.Link
+	case mesh.Greet:
+		return o.Link
+	case mesh.SetRoute:
+		if o.Route.Type == mesh.ViaLink {
+			return o.Link
+		}
+	}
+	return ""
+}
+
+// needsToBe reports whether the ops for the same interface are in vain without this
+// one. Routes into a primary interface that has no port yet fail closed; those into
+// a spare one would lose what the primary carries.
+func (k *Kernel) needsToBe(op mesh.Op) bool {
+	switch o := op.(type) {
+	case mesh.AddLink:
+		return true
+	case mesh.ConfigureLink:
+		return o.Link.Name != k.Interface
+	case mesh.SetLink:
+		return o.Name != k.Interface
+	}
+	return false
 }
 
 func (k *Kernel) apply(op mesh.Op) error {
@@ -142,21 +200,19 @@ func (k *Kernel) apply(op mesh.Op) error {
 	case mesh.SetSrcValidMark:
 		return k.setSrcValidMark(o.On)
 	case mesh.AddLink:
-		k.linkIndex = 0
+		delete(k.linkIndex, o.Name)
 		return k.addLink(o)
 	case mesh.ConfigureLink:
 		return k.configureLink(o.Link)
 	case mesh.SetLink:
 		return k.setLink(o)
 	case mesh.RemoveLink:
-		k.linkIndex = 0
+		delete(k.linkIndex, o.Name)
 		return k.removeLink(o.Name)
 	case mesh.AddAddress:
 		return k.changeAddress(o.Link, o.Prefix, k.rt.AddrReplace)
 	case mesh.RemoveAddress:
 		return ignoring(k.changeAddress(o.Link, o.Prefix, k.rt.AddrDel), unix.EADDRNOTAVAIL, unix.ENODEV)
-	case mesh.SetRoute:
-		return k.setRoute(o)
 	case mesh.RemoveRoute:
 		return k.removeRoute(o.Route)
 	case mesh.Greet:
@@ -177,4 +233,9 @@ func ignoring(err error, errnos ...unix.Errno) error {
 		}
 	}
 	return err
+}
+
+func isRoute(op mesh.Op) bool {
+	_, ok := op.(mesh.SetRoute)
+	return ok
 }

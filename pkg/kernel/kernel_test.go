@@ -24,7 +24,7 @@ import (
 func settings() mesh.Settings {
 	return mesh.Settings{
 		ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")},
-		Interface:    link, ListenPort: 51820, MTU: 1420, FwMark: 0x4, Table: 30567, RulePriority: 110,
+		Interface:    link, ListenPort: 51820, SparePort: 51821, MTU: 1420, FwMark: 0x4, Table: 30567, RulePriority: 110,
 	}
 }
 
@@ -37,6 +37,7 @@ func node(n int, prefixes ...string) mesh.Node {
 	out := mesh.Node{
 		Name: fmt.Sprintf("node-%d", n), PublicKey: peerKey(n),
 		Endpoint: netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), 51820),
+		Spare:    spareEnd(n),
 	}
 	for _, p := range prefixes {
 		out.Prefixes = append(out.Prefixes, mesh.Claim{Prefix: netip.MustParsePrefix(p)})
@@ -46,7 +47,7 @@ func node(n int, prefixes ...string) mesh.Node {
 
 func self() mesh.Node {
 	n := node(200, "10.244.200.0/24", "fd00:244:200::/64")
-	n.PublicKey = key.PublicKey()
+	n.PublicKey, n.Spare.PublicKey = key.PublicKey(), spareKey.PublicKey()
 	return n
 }
 
@@ -59,7 +60,7 @@ func plan(f mesh.Facts) mesh.State {
 
 // randomFacts covers what changes in a cluster's life.
 func randomFacts(r *rand.Rand) mesh.Facts {
-	var f mesh.Facts
+	f := mesh.Facts{Crossing: map[string]mesh.Plane{}}
 	prefixes := r.Perm(12)
 	for n := range r.IntN(6) {
 		if r.IntN(4) == 0 {
@@ -68,6 +69,10 @@ func randomFacts(r *rand.Rand) mesh.Facts {
 		f.Nodes = append(f.Nodes, node(n+1, fmt.Sprintf("10.244.%d.0/24", prefixes[n]), fmt.Sprintf("fd00:244:%d::/64", prefixes[n+6])))
 		last := &f.Nodes[len(f.Nodes)-1]
 		last.PresharedKey = fingerprint(r.IntN(3))
+		if crossing := r.IntN(6); crossing < 3 {
+			f.Crossing[last.Name] = mesh.Plane(crossing > 0)
+			last.Spare.PresharedKey = fingerprint(r.IntN(3))
+		}
 		if r.IntN(2) == 0 {
 			last.Pods = []mesh.Claim{{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, 99, byte(r.IntN(4))}), 32)}}
 			last.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 244, 250, byte(n)})}
@@ -189,6 +194,7 @@ func TestRepairs(t *testing.T) {
 		"ip route add unreachable 10.99.0.0/16 table 77 proto 119",
 		"ip addr del 10.244.200.0/32 dev wgcni0",
 		"ip addr add 10.1.1.1/32 dev wgcni0",
+		"echo 1 >/proc/sys/net/ipv6/conf/wgcni0/disable_ipv6",
 		"ip link set wgcni0 mtu 1300",
 		"ip link set wgcni0 down",
 		"ip link del wgcni0",
@@ -284,7 +290,7 @@ func TestPortTaken(t *testing.T) {
 }
 
 func TestNoUserspaceToStart(t *testing.T) {
-	k, err := kernel.Open(kernel.Config{Interface: link, PrivateKey: func() (wgtypes.Key, error) { return key, nil }})
+	k, err := kernel.Open(kernel.Config{Interface: link, PrivateKey: privateKeys(key)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,6 +339,11 @@ func TestWatch(t *testing.T) {
 		}
 	}
 	ours := func(e kernel.Event) bool { return e.Ours }
+	expect("route in the place of ours", "ip route replace 10.244.1.0/24 dev lo table 30567", ours)
+	sh(t, "ip route replace 10.244.1.0/24 dev wgcni0 table 30567 proto 119")
+	expect("rule added", "ip rule add priority 111 lookup 30567 proto 119", ours)
+	expect("rule of the table", "nft insert rule inet wgcni forward accept", ours)
+	expect("chain of the table", "nft add chain inet wgcni other", ours)
 	expect("table", "nft delete table inet wgcni", ours)
 	expect("rule", "ip rule del priority 110", ours)
 	expect("route", "ip route del 10.244.1.0/24 table 30567", ours)
@@ -381,6 +392,14 @@ ip route add default via 192.0.2.1 metric 100; ip -6 route add default via 2001:
 	sh(t, "ip route replace default via 192.0.2.1 metric 100 mtu 1400")
 	if u, err = k.Underlay(); u.MTU != 1400 || err != nil {
 		t.Errorf("a route with an MTU of 1400: %d, %v", u.MTU, err)
+	}
+}
+
+// As many packets wait for a tunnel process as for the kernel's WireGuard.
+func TestQueueOfAUserspaceTunnel(t *testing.T) {
+	apply(t, open(t), plan(mesh.Facts{}))
+	if out := sh(t, "ip -o link show "+link); !kernel.HasWireGuard() && !strings.Contains(out, "qlen 1024") {
+		t.Error(out)
 	}
 }
 

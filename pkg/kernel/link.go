@@ -33,47 +33,84 @@ func (k *Kernel) link(name string) (netlink.Link, error) {
 	return l, nil
 }
 
-// observeLink reads the interface, its addresses and its peers. An interface of
-// our name that somebody else made is an error: its peers are not ours to remove.
-func (k *Kernel) observeLink(s *mesh.State) error {
-	l, err := k.link(k.Interface)
-	if err != nil || l == nil {
+// spare is the name of the second interface.
+func (k *Kernel) spare() string { return mesh.SpareInterface(k.Interface) }
+
+// interfaceOf is the name of a plane's interface.
+func (k *Kernel) interfaceOf(p mesh.Plane) string {
+	if p == mesh.Spare {
+		return k.spare()
+	}
+	return k.Interface
+}
+
+// observeLinks reads the interfaces, their addresses and their peers. One of the
+// primary's name that somebody else made is an error: its peers are not ours to
+// remove. Whatever is wrong with the spare, the primary is kept as planned: an error
+// comes when the spare is to be made.
+func (k *Kernel) observeLinks(s *mesh.State) error {
+	l, d, err := k.ours(k.Interface)
+	if err != nil {
 		return err
 	}
-	foreign := fmt.Errorf("interface %s exists and was not made by wgcni: remove it, or set \"interface\" to another name", k.Interface)
-	if kind := l.Type(); kind != "wireguard" && kind != "tuntap" {
-		return foreign
+	if l != nil {
+		s.Link, s.Peers = decodeLink(l, d), decodePeers(d.Peers)
+		if err := k.observeAddresses(l, s); err != nil {
+			return err
+		}
 	}
-	d, err := k.wg.device(k.Interface)
+	if l, err = k.link(k.spare()); err != nil || l == nil || !marked(l) {
+		return err
+	}
+	if d, err = k.wg.device(k.spare()); err == nil {
+		s.Spare = mesh.SpareLink{Link: decodeLink(l, d), Peers: decodePeers(d.Peers)}
+	}
+	return nil
+}
+
+func decodeLink(l netlink.Link, d *wgtypes.Device) mesh.Link {
+	return mesh.Link{
+		Name: l.Attrs().Name, MTU: l.Attrs().MTU, Up: l.Attrs().Flags&net.FlagUp != 0,
+		PublicKey: d.PublicKey, ListenPort: d.ListenPort, FwMark: uint32(d.FirewallMark),
+	}
+}
+
+// ours returns the interface of that name, or nil. One that somebody else made is
+// an error; one that nobody has configured becomes ours.
+func (k *Kernel) ours(name string) (netlink.Link, *wgtypes.Device, error) {
+	l, err := k.link(name)
+	if err != nil || l == nil {
+		return nil, nil, err
+	}
+	foreign := fmt.Errorf("interface %s exists and was not made by wgcni: remove it, or set \"interface\" to another name", name)
+	if kind := l.Type(); kind != "wireguard" && kind != "tuntap" {
+		return nil, nil, foreign
+	}
+	d, err := k.wg.device(name)
 	if err != nil {
 		if errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("interface %s exists, but %w: remove it with `ip link delete %s`", k.Interface, ErrSilent, k.Interface)
+			return nil, nil, fmt.Errorf("interface %s exists, but %w: remove it with `ip link delete %s`", name, ErrSilent, name)
 		}
-		return fmt.Errorf("read WireGuard interface %s: %w", k.Interface, err)
+		return nil, nil, fmt.Errorf("read WireGuard interface %s: %w", name, err)
 	}
 	configured := (d.PublicKey != wgtypes.Key{}) && d.PrivateKey != (wgtypes.Key{}) || len(d.Peers) > 0
 	if configured && !marked(l) {
 		// The helper may have made it while we look: it marks first and configures
 		// then, so that what is configured and ours bears the mark by now.
-		if l, err = k.link(k.Interface); err != nil || l == nil {
-			return err
+		if l, err = k.link(name); err != nil || l == nil {
+			return nil, nil, err
 		}
 		if !marked(l) {
-			return foreign
+			return nil, nil, foreign
 		}
 	}
 	if !marked(l) {
 		// Fresh from a pass that was cut off between making it and marking it.
 		if err := k.markLink(l); err != nil {
-			return err
+			return nil, nil, err
 		}
 	}
-	s.Link = mesh.Link{
-		Name: k.Interface, MTU: l.Attrs().MTU, Up: l.Attrs().Flags&net.FlagUp != 0,
-		PublicKey: d.PublicKey, ListenPort: d.ListenPort, FwMark: uint32(d.FirewallMark),
-	}
-	s.Peers = decodePeers(d.Peers)
-	return k.observeAddresses(l, s)
+	return l, d, nil
 }
 
 func marked(l netlink.Link) bool { return strings.HasPrefix(l.Attrs().Alias, LinkAlias) }
@@ -85,7 +122,7 @@ func (k *Kernel) observeAddresses(l netlink.Link, s *mesh.State) error {
 	}
 	for _, a := range addrs {
 		p, ok := netipx.FromStdIPNet(a.IPNet)
-		if ok && !p.Addr().IsLinkLocalUnicast() { // the kernel's own
+		if ok && !p.Addr().IsLinkLocalUnicast() && p != looseAddress { // the kernel's own
 			s.Addresses = append(s.Addresses, p)
 		}
 	}
@@ -98,7 +135,10 @@ func (k *Kernel) addLink(o mesh.AddLink) error {
 	attrs.Name, attrs.MTU = o.Name, o.MTU
 	err := k.rt.LinkAdd(&netlink.Wireguard{LinkAttrs: attrs})
 	switch {
-	case err == nil, errors.Is(err, unix.EEXIST):
+	case err == nil:
+	case errors.Is(err, unix.EEXIST):
+		_, _, err := k.ours(o.Name)
+		return err
 	case !errors.Is(err, unix.EOPNOTSUPP):
 		return err
 	case k.StartTunnel == nil:
@@ -112,8 +152,18 @@ func (k *Kernel) addLink(o mesh.AddLink) error {
 	if err != nil {
 		return err
 	}
+	if l.Type() != "wireguard" {
+		if err := k.rt.LinkSetTxQLen(l, userspaceQueue); err != nil {
+			return fmt.Errorf("set the queue of %s: %w", o.Name, err)
+		}
+	}
 	return k.markLink(l)
 }
+
+// userspaceQueue is how many packets wait for a tunnel process that gets no CPU for a
+// moment: as many as for the kernel's WireGuard (MAX_QUEUED_PACKETS in
+// drivers/net/wireguard/messages.h), instead of a tun device's 500.
+const userspaceQueue = 1024
 
 // The kernel's WireGuard clears this when an interface goes up, and never sets it
 // again (wg_open in drivers/net/wireguard/device.c). The mark remembers it.
@@ -128,6 +178,10 @@ func (k *Kernel) markLink(l netlink.Link) error {
 	if l.Type() == "wireguard" && readSysctl(sendRedirects) == "1" {
 		mark += sendRedirectsMark
 	}
+	return k.setMark(l, mark)
+}
+
+func (k *Kernel) setMark(l netlink.Link, mark string) error {
 	if err := k.rt.LinkSetAlias(l, mark); err != nil {
 		return fmt.Errorf("mark interface %s: %w", l.Attrs().Name, err)
 	}
@@ -153,13 +207,53 @@ func (k *Kernel) setLink(o mesh.SetLink) error {
 	// addresses would then be refused. Ours alone, so there is nothing to restore.
 	_ = writeSysctl("net/ipv6/conf/"+o.Name+"/disable_ipv6", "0")
 	_ = writeSysctl("net/ipv6/conf/"+o.Name+"/addr_gen_mode", "1") // no link-local address, as the kernel's own WireGuard
+	if o.Name == k.spare() {
+		if err := k.loosenReversePath(); err != nil {
+			return err
+		}
+	}
 	err = k.rt.LinkSetUp(l)
 	if portTaken(err) { // the kernel's WireGuard opens its port here
 		if d, derr := k.wg.device(o.Name); derr == nil {
-			return portError(d.ListenPort, err)
+			return k.portError(o.Name, d.ListenPort, err)
 		}
 	}
 	return err
+}
+
+// looseAddress is of no use but to be there.
+var looseAddress = netip.MustParsePrefix("127.119.0.1/32")
+
+// loosenReversePath lets packets in by one of our interfaces that are answered by
+// the other, as they are while a pair of nodes changes planes; WireGuard itself has
+// checked their source. Of the value of rp_filter for all and the interface's own
+// the greater counts, so that 2 holds whatever is written to all later. But even a
+// loose one drops what comes by an interface that has no IPv4 address, and is not
+// answered by the same (no_addr in __fib_validate_source, net/ipv4/fib_frontend.c).
+func (k *Kernel) loosenReversePath() error {
+	for _, name := range []string{k.Interface, k.spare()} {
+		l, err := k.link(name)
+		if err != nil || l == nil {
+			return err
+		}
+		_ = writeSysctl("net/ipv4/conf/"+name+"/rp_filter", "2") // if not, it is as strict as the machine's others
+		addrs, err := k.rt.AddrList(l, netlink.FAMILY_V4)
+		if err != nil || len(addrs) > 0 {
+			continue
+		}
+		if err := k.changeAddress(name, looseAddress, k.rt.AddrReplace); err != nil {
+			return fmt.Errorf("add address %s to %s: %w", looseAddress, name, err)
+		}
+	}
+	return nil
+}
+
+// removeLooseAddress takes back the address that the primary interface had for the spare one.
+func (k *Kernel) removeLooseAddress() error {
+	if l, err := k.link(k.Interface); err != nil || l == nil {
+		return err
+	}
+	return ignoring(k.changeAddress(k.Interface, looseAddress, k.rt.AddrDel), unix.EADDRNOTAVAIL, unix.ENODEV)
 }
 
 // hostSysctls is where a container, whose own /proc/sys is read-only, has the
@@ -185,10 +279,23 @@ func (k *Kernel) removeLink(name string) error {
 	if err := ignoring(k.rt.LinkDel(l), unix.ENODEV); err != nil {
 		return err
 	}
-	if strings.HasSuffix(l.Attrs().Alias, sendRedirectsMark) && readSysctl(sendRedirects) == "0" {
-		return writeSysctl(sendRedirects, "1")
+	if name == k.spare() {
+		if err := k.removeLooseAddress(); err != nil {
+			return err
+		}
 	}
-	return nil
+	if !strings.HasSuffix(l.Attrs().Alias, sendRedirectsMark) || readSysctl(sendRedirects) != "0" {
+		return nil
+	}
+	// The last of the two puts it back: each wants it cleared while it is there.
+	other := k.spare()
+	if name == other {
+		other = k.Interface
+	}
+	if o, err := k.link(other); err == nil && o != nil && o.Type() == "wireguard" && marked(o) {
+		return k.setMark(o, LinkAlias+sendRedirectsMark)
+	}
+	return writeSysctl(sendRedirects, "1")
 }
 
 func (k *Kernel) changeAddress(link string, p netip.Prefix, change func(netlink.Link, *netlink.Addr) error) error {
@@ -199,6 +306,8 @@ func (k *Kernel) changeAddress(link string, p netip.Prefix, change func(netlink.
 	a := &netlink.Addr{IPNet: netipx.PrefixIPNet(p)}
 	if p.Addr().Is6() {
 		a.Flags = unix.IFA_F_NODAD // nobody else is on this link
+		// Somebody may have switched it off since the interface was set up.
+		_ = writeSysctl("net/ipv6/conf/"+link+"/disable_ipv6", "0")
 	}
 	return change(l, a)
 }

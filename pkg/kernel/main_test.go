@@ -116,13 +116,27 @@ func everything(t *testing.T) string {
 	}, "\n---\n")
 }
 
-var key = func() wgtypes.Key {
+func newKey() wgtypes.Key {
 	k, err := wgtypes.GeneratePrivateKey()
 	if err != nil {
 		panic(err)
 	}
 	return k
-}()
+}
+
+var key, spareKey = newKey(), newKey()
+
+// privateKeys is kernel.Config's PrivateKey for a node that has these.
+func privateKeys(keys ...wgtypes.Key) func(wgtypes.Key) (wgtypes.Key, error) {
+	return func(public wgtypes.Key) (wgtypes.Key, error) {
+		for _, k := range keys {
+			if k.PublicKey() == public {
+				return k, nil
+			}
+		}
+		return wgtypes.Key{}, fmt.Errorf("no test has the private key of %s", public)
+	}
+}
 
 const link = "wgcni0"
 
@@ -130,10 +144,10 @@ func open(t *testing.T) *kernel.Kernel {
 	t.Helper()
 	k, err := kernel.Open(kernel.Config{
 		Interface:    link,
-		PrivateKey:   func() (wgtypes.Key, error) { return key, nil },
+		PrivateKey:   privateKeys(key, spareKey),
 		PresharedKey: presharedKeys,
 		StartTunnel: func(name string, mtu int) error {
-			return userspace.Start(name, mtu, t.TempDir()+"/tunnel.log")
+			return userspace.Start(name, mtu, t.TempDir()+"/tunnel-"+name+".log")
 		},
 	})
 	if err != nil {

@@ -87,20 +87,18 @@ ip -n far addr add 192.0.2.2/24 dev up1; ip -n far link set up1 up; ip -n far li
 
 func newEnd(t *testing.T, ns netns.NsHandle, n int, name string) *end {
 	t.Helper()
-	private, err := wgtypes.GeneratePrivateKey()
-	if err != nil {
-		t.Fatal(err)
-	}
+	private, next := newKey(), newKey()
 	e := &end{ns: ns, logs: t.TempDir()}
 	e.facts = mesh.Facts{Settings: settings(), Self: node(n, fmt.Sprintf("10.244.%d.0/24", n))}
-	e.facts.Interface, e.facts.Self.PublicKey = name, private.PublicKey()
+	e.facts.Interface, e.facts.Self.PublicKey, e.facts.Self.Spare.PublicKey = name, private.PublicKey(), next.PublicKey()
+	var err error
 	e.in(t, func() {
 		e.k, err = kernel.Open(kernel.Config{
 			Interface:    name,
-			PrivateKey:   func() (wgtypes.Key, error) { return private, nil },
+			PrivateKey:   privateKeys(private, next),
 			PresharedKey: presharedKeys,
 			StartTunnel: func(name string, mtu int) error {
-				return userspace.Start(name, mtu, e.logs+"/tunnel.log")
+				return userspace.Start(name, mtu, e.logs+"/tunnel-"+name+".log")
 			},
 		})
 	})

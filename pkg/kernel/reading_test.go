@@ -26,7 +26,7 @@ func TestRead(t *testing.T) {
 		if r.Unallowed != nil {
 			return r, *r.Unallowed
 		}
-		c, err := userspace.ReadCounts(near.logs)
+		c, err := userspace.ReadCounts(near.logs + "/tunnel-wgcni0.log")
 		if err != nil {
 			t.Fatal(err)
 		}

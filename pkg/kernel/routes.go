@@ -25,20 +25,23 @@ var routeTypes = map[mesh.RouteType]int{
 // observeRoutes finds our routes by their protocol, in whatever table they are:
 // a changed `table` setting leaves none behind.
 func (k *Kernel) observeRoutes(s *mesh.State) error {
-	linkIndex := -1
-	if s.Link.Name != "" {
-		l, err := k.rt.LinkByName(s.Link.Name)
-		if err != nil {
-			return fmt.Errorf("look up interface %s: %w", s.Link.Name, err)
+	planes := map[int]mesh.Plane{} // by the index of the interface
+	for plane, name := range map[mesh.Plane]string{mesh.Primary: s.Link.Name, mesh.Spare: s.Spare.Link.Name} {
+		if name == "" {
+			continue
 		}
-		linkIndex = l.Attrs().Index
+		l, err := k.rt.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("look up interface %s: %w", name, err)
+		}
+		planes[l.Attrs().Index] = plane
 	}
 	filter := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Protocol: RouteProtocol}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		err := retryInterrupted(func() error {
 			var found []mesh.Route
 			err := k.rt.RouteListFilteredIter(family, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL, func(r netlink.Route) bool {
-				if out, ok := decodeRoute(r, family, linkIndex); ok {
+				if out, ok := decodeRoute(r, family, planes); ok {
 					found = append(found, out)
 				}
 				return true
@@ -69,7 +72,7 @@ func retryInterrupted(dump func() error) (err error) {
 // ours: it equals no planned route, so it is replaced or removed.
 const foreignLink = mesh.RouteType(-1)
 
-func decodeRoute(r netlink.Route, family, linkIndex int) (mesh.Route, bool) {
+func decodeRoute(r netlink.Route, family int, planes map[int]mesh.Plane) (mesh.Route, bool) {
 	out := mesh.Route{Table: r.Table, Metric: r.Priority}
 	if family == netlink.FAMILY_V6 && out.Metric == ip6DefaultMetric {
 		out.Metric = 0
@@ -89,9 +92,11 @@ func decodeRoute(r netlink.Route, family, linkIndex int) (mesh.Route, bool) {
 		out.Type = mesh.Unreachable
 	default:
 		out.Type = mesh.ViaLink
-		if r.LinkIndex != linkIndex {
+		plane, ours := planes[r.LinkIndex]
+		if !ours {
 			out.Type = foreignLink
 		}
+		out.Plane = plane
 		if a, ok := netipx.FromStdIP(r.Src); ok {
 			out.Source = a
 		}
@@ -99,12 +104,12 @@ func decodeRoute(r netlink.Route, family, linkIndex int) (mesh.Route, bool) {
 	return out, true
 }
 
-func (k *Kernel) setRoute(o mesh.SetRoute) error {
+func (k *Kernel) route(o mesh.SetRoute) (*netlink.Route, error) {
 	r := encodeRoute(o.Route)
 	if o.Route.Type == mesh.ViaLink {
 		index, err := k.indexOf(o.Link)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		r.LinkIndex = index
 		r.Scope = netlink.SCOPE_LINK
@@ -113,19 +118,19 @@ func (k *Kernel) setRoute(o mesh.SetRoute) error {
 		}
 		k.staleRoutes6 = k.staleRoutes6 || o.Route.Prefix.IsSingleIP() && o.Route.Prefix.Addr().Is6()
 	}
-	return k.rt.RouteReplace(r)
+	return r, nil
 }
 
 // indexOf asks for an interface's index once for all the ops of an Apply.
 func (k *Kernel) indexOf(link string) (int, error) {
-	if k.linkIndex == 0 {
+	if _, known := k.linkIndex[link]; !known {
 		l, err := k.rt.LinkByName(link)
 		if err != nil {
 			return 0, err
 		}
-		k.linkIndex = l.Attrs().Index
+		k.linkIndex[link] = l.Attrs().Index
 	}
-	return k.linkIndex, nil
+	return k.linkIndex[link], nil
 }
 
 // loopbackIndex is that of every network namespace (LOOPBACK_IFINDEX).
@@ -160,7 +165,7 @@ func (k *Kernel) removeRoute(r mesh.Route) error {
 	switch {
 	case r.Prefix.Addr().Is4(), r.Type == foreignLink:
 	case r.Type == mesh.ViaLink:
-		index, err := k.indexOf(k.Interface)
+		index, err := k.indexOf(k.interfaceOf(r.Plane))
 		if errors.As(err, &netlink.LinkNotFoundError{}) {
 			return nil // its routes went with it
 		} else if err != nil {

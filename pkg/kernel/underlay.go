@@ -20,15 +20,13 @@ type Underlay struct {
 	All []netip.Addr
 }
 
-// Underlay looks at the main table's default routes. Our own interface is never
-// taken for the underlay, whatever routes lead to it.
+// Underlay looks at the main table's default routes. Our own interfaces are never
+// taken for the underlay, whatever routes lead to them.
 func (k *Kernel) Underlay() (Underlay, error) {
 	var u Underlay
-	ours := 0
-	if l, err := k.link(k.Interface); err != nil {
+	ours, err := k.ownIndices()
+	if err != nil {
 		return Underlay{}, err
-	} else if l != nil {
-		ours = l.Attrs().Index
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		route, err := k.defaultRoute(family, ours)
@@ -65,9 +63,23 @@ func (k *Kernel) Underlay() (Underlay, error) {
 	return u, nil
 }
 
+// ownIndices are those of our interfaces that are there.
+func (k *Kernel) ownIndices() (out []int, err error) {
+	for _, name := range []string{k.Interface, k.spare()} {
+		l, err := k.link(name)
+		if err != nil {
+			return nil, err
+		}
+		if l != nil {
+			out = append(out, l.Attrs().Index)
+		}
+	}
+	return out, nil
+}
+
 // defaultRoute is the family's default route of the least metric that does not
-// lead to the interface of index not, or nil.
-func (k *Kernel) defaultRoute(family, not int) (*netlink.Route, error) {
+// lead to an interface of those indices, or nil.
+func (k *Kernel) defaultRoute(family int, not []int) (*netlink.Route, error) {
 	var best *netlink.Route
 	err := retryInterrupted(func() error {
 		best = nil
@@ -80,7 +92,7 @@ func (k *Kernel) defaultRoute(family, not int) (*netlink.Route, error) {
 			if r.LinkIndex == 0 && len(r.MultiPath) > 0 {
 				r.LinkIndex = r.MultiPath[0].LinkIndex
 			}
-			if r.LinkIndex != 0 && r.LinkIndex != not && (best == nil || r.Priority < best.Priority) {
+			if r.LinkIndex != 0 && !slices.Contains(not, r.LinkIndex) && (best == nil || r.Priority < best.Priority) {
 				best = &r
 			}
 			return true

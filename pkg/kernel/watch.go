@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/mdlayher/netlink"
@@ -35,7 +36,10 @@ func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
 		return nil, fmt.Errorf("subscribe to nftables: %w", err)
 	}
 	events := make(chan Event, 1)
-	w := &watcher{events: events, link: append([]byte(k.Interface), 0)}
+	w := &watcher{events: events}
+	for _, name := range []string{k.Interface, k.spare()} {
+		w.links = append(w.links, append([]byte(name), 0))
+	}
 	var readers sync.WaitGroup
 	readers.Go(func() { w.read(route, w.routeEvent) })
 	readers.Go(func() { w.read(filter, filterEvent) })
@@ -66,7 +70,7 @@ func subscribe(protocol int, groups ...uint32) (*netlink.Conn, error) {
 type watcher struct {
 	mu     sync.Mutex
 	events chan Event
-	link   []byte // name with its NUL
+	links  [][]byte // names with their NUL
 }
 
 func (w *watcher) read(c *netlink.Conn, classify func(netlink.Message) Event) {
@@ -105,6 +109,7 @@ func (w *watcher) send(e Event) {
 const (
 	rtmsgLen      = 12 // struct rtmsg; struct fib_rule_hdr is as long
 	rtmsgDstLen   = 1
+	rtmsgTable    = 4
 	rtmsgProtocol = 5
 	rtmsgType     = 7
 	ifinfomsgLen  = 16
@@ -115,10 +120,12 @@ func (w *watcher) routeEvent(m netlink.Message) Event {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		// A device that goes down takes its routes along without a word.
-		if len(m.Data) >= ifinfomsgLen && bytes.Equal(attribute(m.Data[ifinfomsgLen:], unix.IFLA_IFNAME), w.link) {
-			return Event{Ours: true}
+		if len(m.Data) < ifinfomsgLen {
+			return Event{Underlay: true}
 		}
-		return Event{Underlay: true}
+		name := attribute(m.Data[ifinfomsgLen:], unix.IFLA_IFNAME)
+		ours := slices.ContainsFunc(w.links, func(l []byte) bool { return bytes.Equal(l, name) })
+		return Event{Ours: ours, Underlay: !ours}
 	case unix.RTM_NEWADDR:
 		return Event{Underlay: true}
 	case unix.RTM_DELADDR:
@@ -129,11 +136,15 @@ func (w *watcher) routeEvent(m netlink.Message) Event {
 		}
 		// The throw routes of single pods go with every DEL, as the sets' elements do.
 		ofAPod := m.Data[rtmsgType] == unix.RTN_THROW && m.Data[rtmsgDstLen] >= 32
-		return Event{
-			Ours:     m.Header.Type == unix.RTM_DELROUTE && m.Data[rtmsgProtocol] == RouteProtocol && !ofAPod,
-			Underlay: m.Data[rtmsgDstLen] == 0,
+		ours := m.Data[rtmsgProtocol] == RouteProtocol
+		if m.Header.Type == unix.RTM_NEWROUTE {
+			// One that takes the place of another: nothing tells that the other has
+			// gone (fib_table_insert in net/ipv4/fib_trie.c). In the main table, where
+			// many do that, there is nothing of ours.
+			ours = !ours && m.Header.Flags&netlink.Replace != 0 && m.Data[rtmsgTable] != unix.RT_TABLE_MAIN
 		}
-	case unix.RTM_DELRULE:
+		return Event{Ours: ours && !ofAPod, Underlay: m.Data[rtmsgDstLen] == 0}
+	case unix.RTM_DELRULE, unix.RTM_NEWRULE:
 		if len(m.Data) < rtmsgLen {
 			return Event{}
 		}
@@ -143,11 +154,12 @@ func (w *watcher) routeEvent(m netlink.Message) Event {
 	return Event{}
 }
 
-// filterEvent looks for deletions in our table. Elements of sets are left out:
-// every DEL of a pod removes some.
+// filterEvent looks for changes of our table, which are rare. Elements of sets are
+// left out: every ADD and DEL of a pod has some.
 func filterEvent(m netlink.Message) Event {
 	switch int(m.Header.Type) & 0xff {
-	case unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE, unix.NFT_MSG_DELSET:
+	case unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE, unix.NFT_MSG_DELSET,
+		unix.NFT_MSG_NEWTABLE, unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_NEWRULE:
 		if len(m.Data) < nfgenmsgLen {
 			return Event{}
 		}

@@ -72,13 +72,21 @@ type Handshake struct {
 
 // Handshakes returns those of all peers, by public key. Where the interface is
 // missing there are none.
-func (k *Kernel) Handshakes() (map[wgtypes.Key]Handshake, error) {
-	d, err := k.wg.device(k.Interface)
+func (k *Kernel) Handshakes() (map[wgtypes.Key]Handshake, error) { return k.HandshakesOn(mesh.Primary) }
+
+// HandshakesOn is Handshakes, of a plane's interface.
+func (k *Kernel) HandshakesOn(p mesh.Plane) (map[wgtypes.Key]Handshake, error) {
+	name := k.interfaceOf(p)
+	// A tunnel process that was killed leaves its socket behind.
+	if l, err := k.link(name); err != nil || l == nil {
+		return nil, err
+	}
+	d, err := k.wg.device(name)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read WireGuard interface %s: %w", k.Interface, err)
+		return nil, fmt.Errorf("read WireGuard interface %s: %w", name, err)
 	}
 	out := make(map[wgtypes.Key]Handshake, len(d.Peers))
 	for _, p := range d.Peers {
@@ -95,7 +103,7 @@ func (k *Kernel) configureLink(l mesh.Link) error {
 	if k.PrivateKey == nil {
 		return errors.New("no private key at hand")
 	}
-	key, err := k.PrivateKey()
+	key, err := k.PrivateKey(l.PublicKey)
 	if err != nil {
 		return err
 	}
@@ -114,13 +122,21 @@ func (k *Kernel) configureLink(l mesh.Link) error {
 		// Userspace WireGuard remembers a port that it could not open, and would
 		// seem to be as planned. With any other port it does not.
 		_ = set(0)
-		return portError(l.ListenPort, err)
+		return k.portError(l.Name, l.ListenPort, err)
 	}
 	return err
 }
 
-func portError(port int, err error) error {
-	return fmt.Errorf("UDP port %d is taken by another program: find it with `ss -ulpn`, or set \"listenPort\" to another (%w)", port, err)
+// ErrPortTaken says that the tunnel has no port to listen on: nothing comes through
+// it until the port is free.
+var ErrPortTaken = errors.New("is taken by another program")
+
+func (k *Kernel) portError(link string, port int, err error) error {
+	setting := "listenPort"
+	if link == k.spare() {
+		setting = "rotationPort"
+	}
+	return fmt.Errorf("UDP port %d %w, and %s needs it: find it with `ss -ulpn`, or set %q to another (%w)", port, ErrPortTaken, link, setting, err)
 }
 
 // portWait is how long a tunnel process that was killed may take to let go of its port.
@@ -159,12 +175,21 @@ func isPeerOp(op mesh.Op) bool {
 	return false
 }
 
+// peerLink is the interface of an op for a peer.
+func peerLink(op mesh.Op) string {
+	if o, ok := op.(mesh.RemovePeer); ok {
+		return o.Link
+	}
+	return linkOf(op)
+}
+
 // leadingPeerOps counts the peer ops at the head of ops that may share one
-// message: those that name each peer once, and remove no single allowed IP.
+// message: those of one interface that name each peer once, and remove no single
+// allowed IP.
 func leadingPeerOps(ops []mesh.Op) int {
 	n := 0
 	for ; n < len(ops); n++ {
-		if o, ok := ops[n].(mesh.SetPeer); !isPeerOp(ops[n]) || ok && len(o.Remove) > 0 {
+		if o, ok := ops[n].(mesh.SetPeer); !isPeerOp(ops[n]) || peerLink(ops[n]) != peerLink(ops[0]) || ok && len(o.Remove) > 0 {
 			break
 		}
 	}
@@ -181,7 +206,7 @@ func (k *Kernel) applyPeers(ops []mesh.Op) error {
 	var c wgtypes.Config
 	var sent, keyless []mesh.Op
 	var missing error // the first; for the others it will be the same
-	link := ""
+	link := peerLink(ops[0])
 	for _, op := range ops {
 		switch o := op.(type) {
 		case mesh.SetPeer:
@@ -193,10 +218,8 @@ func (k *Kernel) applyPeers(ops []mesh.Op) error {
 				}
 				continue
 			}
-			link = o.Link
 			c.Peers = append(c.Peers, p)
 		case mesh.RemovePeer:
-			link = o.Link
 			// UpdateOnly: a peer that is gone already is not made first.
 			c.Peers = append(c.Peers, wgtypes.PeerConfig{PublicKey: o.PublicKey, Remove: true, UpdateOnly: true})
 		}

@@ -3,6 +3,7 @@ package mesh_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/wgcni/wgcni/pkg/mesh"
@@ -52,6 +53,33 @@ func BenchmarkDiffOneChange(b *testing.B) {
 				if ops := mesh.Diff(before, after, mesh.Context{Now: epoch}); len(ops) != 1 {
 					b.Fatal(mesh.Text(ops))
 				}
+			}
+		})
+	}
+}
+
+func BenchmarkPlannerOneChange(b *testing.B) {
+	for _, n := range sizes {
+		b.Run(fmt.Sprintf("nodes=%d", n), func(b *testing.B) {
+			f := manyNodes(n)
+			nodes := make([]*mesh.Node, 0, n)
+			for i := range f.Nodes {
+				nodes = append(nodes, &f.Nodes[i])
+			}
+			var p mesh.Planner
+			p.Update(f, nodes)
+			was, other := nodes[n/2], f.Nodes[n/2]
+			other.Endpoint = endpoint("198.51.100.1:51820")
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				nodes = slices.Clone(nodes)
+				if nodes[n/2] = was; i%2 == 0 {
+					nodes[n/2] = &other
+				}
+				if !p.Patches(f, nodes) {
+					b.Fatal("it takes a whole plan")
+				}
+				p.Update(f, nodes)
 			}
 		})
 	}

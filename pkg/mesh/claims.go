@@ -363,12 +363,30 @@ func (o *Ownership) settleExempt(nodes []Node, b Bounds, owner map[netip.Prefix]
 	all := b.All()
 	for _, n := range nodes {
 		for _, a := range append(slices.Clone(n.Addresses), n.Endpoint.Addr()) {
-			if a = a.Unmap(); anyContains(all, a) && !n.externalHost(a, b) && o.maySkipTunnel(n, a, owner) {
+			if a = a.Unmap(); anyContains(all, a) && !n.externalHost(a, b) && o.maySkipTunnel(n, a, owner) && !o.ofRefused(nodes, n, a, b) {
 				o.Exempt = append(o.Exempt, a)
 			}
 		}
 	}
 	o.Exempt = SortAddrs(o.Exempt)
+}
+
+// ofRefused reports whether an address lies inside what a node claims that another
+// has the key of. Nobody sends it anything by the tunnel then, and all the less in the
+// clear: whoever can copy a public key could have that.
+func (o *Ownership) ofRefused(nodes []Node, n Node, a netip.Addr, b Bounds) bool {
+	for _, r := range nodes {
+		if r.Name == n.Name || !o.Refused[r.Name] {
+			continue
+		}
+		for _, c := range slices.Concat(r.Prefixes, r.Pods) {
+			if p := c.Prefix.Masked(); p.Contains(a) && anyCovers(b.Claimable(), p) && c.Since.Before(n.Since) {
+				o.refuse(n.Name, "address "+a.String(), "it lies inside %s, which %s has held longer", p, r.Name)
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func (o *Ownership) maySkipTunnel(n Node, a netip.Addr, owner map[netip.Prefix]holding) bool {

@@ -34,9 +34,12 @@ func Diff(observed, planned State, c Context) []Op {
 	d.setSrcValidMark(true)
 	d.renameLink()
 	d.index()
-	d.addLink()
+	d.addLink(d.primary)
+	d.addAddresses()
+	d.addLink(d.spare)
 	d.addRoutes(func(r Route) bool { return r.Type != ViaLink })
-	d.setPeers(false)
+	d.setPeers(d.primary, false)
+	d.setPeers(d.spare, false)
 	d.addRoutes(func(r Route) bool { return r.Type == ViaLink })
 	d.addRules()
 	d.greet()
@@ -44,9 +47,11 @@ func Diff(observed, planned State, c Context) []Op {
 	d.removeAddresses()
 	d.removeRules()
 	d.removeRoutes()
-	d.setPeers(true)
-	d.removePeers()
-	d.removeLink()
+	for _, l := range []linkDiff{d.spare, d.primary} {
+		d.setPeers(l, true)
+		d.removePeers(l)
+		d.removeLink(l)
+	}
 	d.setFilterNodes(d.planned.Filter.Nodes)
 	d.setSrcValidMark(false)
 	d.removeFilter()
@@ -56,22 +61,53 @@ func Diff(observed, planned State, c Context) []Op {
 type differ struct {
 	observed, planned State
 	Context
-	havePeers map[wgtypes.Key]*Peer
+	primary, spare linkDiff
 	// haveRoutes and wantRoutes are those in which the states may differ.
 	haveRoutes, wantRoutes []Route
 	filterNodes            NodeFilter // what the ops so far have left in the table
 	ops                    []Op
 }
 
-func (d *differ) index() {
-	d.havePeers = make(map[wgtypes.Key]*Peer, len(d.observed.Peers))
-	for i := range d.observed.Peers {
-		d.havePeers[d.observed.Peers[i].PublicKey] = &d.observed.Peers[i]
+// linkDiff is one of the two interfaces, as it is and as it should be.
+type linkDiff struct {
+	have, want Link
+	// havePeers and wantPeers are those in which the states may differ.
+	havePeers, wantPeers []Peer
+	byKey                map[wgtypes.Key]*Peer // of havePeers
+	allWanted            []Peer
+}
+
+func diffLink(have, want Link, havePeers, wantPeers []Peer) linkDiff {
+	l := linkDiff{have, want, havePeers, wantPeers, nil, wantPeers}
+	if l.stays() {
+		l.havePeers, l.wantPeers = trimFunc(havePeers, wantPeers, (*Peer).same)
 	}
-	d.haveRoutes, d.wantRoutes = d.observed.Routes, d.planned.Routes
-	if d.linkStays() { // else even equal ones are to be made anew
+	l.byKey = make(map[wgtypes.Key]*Peer, len(l.havePeers))
+	for i := range l.havePeers {
+		l.byKey[l.havePeers[i].PublicKey] = &l.havePeers[i]
+	}
+	return l
+}
+
+// stays reports whether the observed interface is the planned one.
+func (l linkDiff) stays() bool { return l.have.Name == l.want.Name }
+
+func (d *differ) index() {
+	o, p := d.observed, d.planned
+	d.primary = diffLink(o.Link, p.Link, o.Peers, p.Peers)
+	d.spare = diffLink(o.Spare.Link, p.Spare.Link, o.Spare.Peers, p.Spare.Peers)
+	d.haveRoutes, d.wantRoutes = o.Routes, p.Routes
+	if d.primary.stays() && d.spare.stays() { // else even equal ones are to be made anew
 		d.haveRoutes, d.wantRoutes = trim(d.haveRoutes, d.wantRoutes)
 	}
+}
+
+// link is the interface of a plane.
+func (d *differ) link(p Plane) linkDiff {
+	if p == Spare {
+		return d.spare
+	}
+	return d.primary
 }
 
 func (d *differ) add(o Op) { d.ops = append(d.ops, o) }
@@ -82,7 +118,7 @@ func (d *differ) addFilter() {
 	case !want.present():
 		d.releaseNodes()
 		return
-	case have.Broken || have.Interface != want.Interface || have.Nodes.Mark != want.Nodes.Mark:
+	case have.Broken || have.Interface != want.Interface || have.FwMark != want.FwMark || have.Nodes.Mark != want.Nodes.Mark:
 		want.Nodes = want.Nodes.between(have.Nodes)
 		d.filterNodes = want.Nodes
 		d.add(ReplaceFilter{want})
@@ -109,27 +145,35 @@ func (d *differ) removeFilter() {
 	}
 }
 
-// linkStays reports whether the observed interface is the planned one.
-func (d *differ) linkStays() bool { return d.observed.Link.Name == d.planned.Link.Name }
-
-// renameLink removes an interface of another name before the planned one is
-// made: two cannot listen on one port. Until the new one works, the filter and
+// renameLink removes interfaces of another name before the planned ones are
+// made: two cannot listen on one port. Until the new ones work, the filter and
 // the unreachable routes hold what would be encrypted.
 func (d *differ) renameLink() {
-	if d.linkStays() || d.observed.Link.Name == "" || d.planned.Link.Name == "" {
-		return
+	renamed := func(have, want Link) bool { return have.Name != want.Name && have.Name != "" && want.Name != "" }
+	link, spare := d.observed.Link, d.observed.Spare.Link
+	both := renamed(link, d.planned.Link)
+	if spare.Name != "" && (both || renamed(spare, d.planned.Spare.Link)) {
+		d.removeNow(spare.Name, func(r Route) bool { return r.Plane == Spare })
+		d.observed.Spare = SpareLink{}
 	}
-	d.add(RemoveLink{d.observed.Link.Name})
-	d.observed.Link, d.observed.Addresses, d.observed.Peers = Link{}, nil, nil
-	d.observed.Routes = slices.DeleteFunc(slices.Clone(d.observed.Routes), func(r Route) bool { return r.Type == ViaLink })
+	if both {
+		d.removeNow(link.Name, func(r Route) bool { return r.Plane == Primary })
+		d.observed.Link, d.observed.Addresses, d.observed.Peers = Link{}, nil, nil
+	}
 }
 
-func (d *differ) addLink() {
-	have, want := d.observed.Link, d.planned.Link
+// removeNow removes an interface, and with it its routes.
+func (d *differ) removeNow(link string, its func(Route) bool) {
+	d.add(RemoveLink{link})
+	d.observed.Routes = slices.DeleteFunc(slices.Clone(d.observed.Routes), func(r Route) bool { return r.Type == ViaLink && its(r) })
+}
+
+func (d *differ) addLink(l linkDiff) {
+	have, want := l.have, l.want
 	if want.Name == "" {
 		return
 	}
-	if !d.linkStays() {
+	if !l.stays() {
 		d.add(AddLink{Name: want.Name, MTU: want.MTU})
 		have = Link{Name: want.Name, MTU: want.MTU}
 	}
@@ -139,16 +183,22 @@ func (d *differ) addLink() {
 	if have.MTU != want.MTU || !have.Up {
 		d.add(SetLink{Name: want.Name, MTU: want.MTU})
 	}
+}
+
+func (d *differ) addAddresses() {
+	if d.planned.Link.Name == "" {
+		return
+	}
 	for _, p := range difference(d.planned.Addresses, d.observed.Addresses) {
-		d.add(AddAddress{Link: want.Name, Prefix: p})
+		d.add(AddAddress{Link: d.planned.Link.Name, Prefix: p})
 	}
 }
 
 // greet tells the peers of an interface that is new, or has a new key. A keepalive
-// does so by itself.
+// does so by itself, and so do all peers of the spare interface.
 func (d *differ) greet() {
-	have, want := d.observed.Link, d.planned.Link
-	if want.Name == "" || d.linkStays() && have.PublicKey == want.PublicKey {
+	have, want := d.primary.have, d.primary.want
+	if want.Name == "" || d.primary.stays() && have.PublicKey == want.PublicKey {
 		return
 	}
 	g := Greet{Link: want.Name}
@@ -175,9 +225,9 @@ func (d *differ) removeAddresses() {
 	}
 }
 
-func (d *differ) removeLink() {
-	if d.observed.Link.Name != "" && !d.linkStays() {
-		d.add(RemoveLink{d.observed.Link.Name})
+func (d *differ) removeLink(l linkDiff) {
+	if l.have.Name != "" && !l.stays() {
+		d.add(RemoveLink{l.have.Name})
 	}
 }
 
@@ -203,8 +253,9 @@ func (d *differ) addRoutes(wanted func(Route) bool) {
 			continue
 		}
 		h, ok := have[r.key()]
-		if !ok || h != r || r.Type == ViaLink && !d.linkStays() {
-			d.add(SetRoute{Link: d.planned.Link.Name, Route: r})
+		l := d.link(r.Plane)
+		if !ok || h != r || r.Type == ViaLink && !l.stays() {
+			d.add(SetRoute{Link: l.want.Name, Route: r})
 		}
 	}
 }
@@ -235,18 +286,18 @@ func (d *differ) removeRules() {
 // setPeers adds (or, in the later half, removes) allowed IPs, with all else that a peer needs.
 // A new peer gets its preshared key in the op that makes it: a moment without
 // one would be enough for a session without one.
-func (d *differ) setPeers(removing bool) {
+func (d *differ) setPeers(l linkDiff, removing bool) {
 	var taken map[netip.Prefix]bool // made when something is removed, which is rare
-	for _, want := range d.planned.Peers {
-		h, known := d.havePeers[want.PublicKey]
+	for _, want := range l.wantPeers {
+		h, known := l.byKey[want.PublicKey]
 		if !known {
 			h = &Peer{}
 		}
-		o := SetPeer{Link: d.planned.Link.Name, PublicKey: want.PublicKey, Name: want.Name}
+		o := SetPeer{Link: l.want.Name, PublicKey: want.PublicKey, Name: want.Name}
 		if removing {
 			gone := difference(h.AllowedIPs, want.AllowedIPs)
 			if len(gone) > 0 && taken == nil {
-				taken = allAllowed(d.planned.Peers)
+				taken = allAllowed(l.allWanted)
 			}
 			for _, ip := range gone {
 				if !taken[ip] {
@@ -276,6 +327,12 @@ func (d *differ) setPeers(removing bool) {
 	}
 }
 
+// same reports whether nothing need be done to turn a peer into the other.
+func (p *Peer) same(o *Peer) bool {
+	return p.PublicKey == o.PublicKey && p.PresharedKey == o.PresharedKey && p.Endpoint == o.Endpoint &&
+		p.Keepalive == o.Keepalive && (shared(p.AllowedIPs, o.AllowedIPs) || slices.Equal(p.AllowedIPs, o.AllowedIPs))
+}
+
 func allAllowed(peers []Peer) map[netip.Prefix]bool {
 	m := make(map[netip.Prefix]bool, len(peers))
 	for _, p := range peers {
@@ -296,17 +353,17 @@ func (d *differ) endpointDiffers(have, want Peer) bool {
 	return !fresh || d.Moved[want.PublicKey]
 }
 
-func (d *differ) removePeers() {
-	if !d.linkStays() || d.planned.Link.Name == "" {
+func (d *differ) removePeers(l linkDiff) {
+	if !l.stays() || l.want.Name == "" {
 		return // they go with the interface
 	}
-	want := make(map[wgtypes.Key]bool, len(d.planned.Peers))
-	for _, p := range d.planned.Peers {
+	want := make(map[wgtypes.Key]bool, len(l.wantPeers))
+	for _, p := range l.wantPeers {
 		want[p.PublicKey] = true
 	}
-	for _, p := range d.observed.Peers {
+	for _, p := range l.havePeers {
 		if !want[p.PublicKey] {
-			d.add(RemovePeer{Link: d.planned.Link.Name, PublicKey: p.PublicKey})
+			d.add(RemovePeer{Link: l.want.Name, PublicKey: p.PublicKey})
 		}
 	}
 }

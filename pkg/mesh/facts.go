@@ -60,6 +60,7 @@ type Settings struct {
 
 	Interface  string // name of the WireGuard interface
 	ListenPort int    // UDP, 1 to 65535
+	SparePort  int    // the same, of the second interface; see Plane. 0: never one
 	MTU        int    // of the interface and of the pods' links, in bytes
 
 	FwMark       uint32 // exactly one bit; value and mask at once
@@ -106,6 +107,8 @@ type Node struct {
 	// PresharedKey is of the key that this node and that one share; the zero
 	// value when they share none.
 	PresharedKey Fingerprint
+	// Spare is its other end; see Plane.
+	Spare SpareEnd
 	// Endpoint is where its WireGuard listens; the zero value when it is not
 	// known or could not be resolved.
 	Endpoint netip.AddrPort
@@ -202,6 +205,9 @@ type Facts struct {
 	Revoked map[wgtypes.Key]string
 	// LocalPods are the addresses of the pods attached to this node, in any order.
 	LocalPods []netip.Addr
+	// Crossing are the nodes with which this one has tunnels on both planes, each
+	// with the plane by which this one sends.
+	Crossing map[string]Plane
 	// Now decides which of the Hosts have been known for HostsSettle. While it is
 	// zero all have.
 	Now time.Time

@@ -200,7 +200,7 @@ func (f Facts) settled(c Claim) bool {
 // addHosts lets the named machine use the tunnel by that peer, and routes it there.
 // One outside of externalCIDRs is not meant for machines without encryptNodes, nor
 // is it carried by others: its packets come and go in the clear.
-func (p *Plan) addHosts(h *hostPlan, peer *Peer, name string, source map[bool]netip.Addr) {
+func (p *Plan) addHosts(h *hostPlan, peer *Peer, name string, source map[bool]netip.Addr, by Plane) {
 	if h == nil {
 		return
 	}
@@ -221,7 +221,7 @@ func (p *Plan) addHosts(h *hostPlan, peer *Peer, name string, source map[bool]ne
 			if !ok {
 				own = source[v6]
 			}
-			p.routeHost(h, c.Prefix, own)
+			p.routeHost(h, c.Prefix, own, by)
 		}
 		// One of the two shakes hands ahead: both at the same moment, when both
 		// begin to route, would collide and lose what is sent for REKEY_TIMEOUT, 5 s.
@@ -241,13 +241,13 @@ func (h *hostPlan) routes(c Claim, external bool) bool {
 // routeHost leads to a machine by the tunnel, with a source address that it can
 // answer to, if there is one. A machine inside the cluster's ranges would be unreachable when the interface goes, for what the filter lets pass as
 // well: the route that it has without encryptNodes stays behind the other.
-func (p *Plan) routeHost(h *hostPlan, host netip.Prefix, own netip.Addr) {
+func (p *Plan) routeHost(h *hostPlan, host netip.Prefix, own netip.Addr, by Plane) {
 	a, f := host.Addr(), h.facts
 	if h.exempt[a] {
 		i := slices.IndexFunc(p.Routes, func(r Route) bool { return r.Prefix == host && r.Type == Throw })
 		p.Routes[i].Metric = guardMetric
 	}
-	p.Routes = append(p.Routes, Route{Prefix: host, Type: ViaLink, Source: own, Table: f.Table})
+	p.Routes = append(p.Routes, Route{Prefix: host, Type: ViaLink, Source: own, Table: f.Table, Plane: by})
 	rule := Rule{IPv6: a.Is6(), Priority: f.RulePriority, FwMark: f.FwMark, Table: f.Table}
 	if !slices.Contains(p.Rules, rule) { // pods may be of the other family only
 		p.Rules = append(p.Rules, rule)

@@ -161,6 +161,11 @@ func settled(t *testing.T, k *kerneltest.Kernel, want mesh.State) {
 			got.Peers[i].Endpoint = netip.AddrPort{}
 		}
 	}
+	for i := range got.Spare.Peers {
+		if i < len(want.Spare.Peers) && !want.Spare.Peers[i].Endpoint.IsValid() {
+			got.Spare.Peers[i].Endpoint = netip.AddrPort{}
+		}
+	}
 	if !same(want, got) {
 		t.Fatalf("kernel (-want +got):\n%s", cmp.Diff(want, got, byEqual, cmpopts.IgnoreFields(mesh.Peer{}, "Name")))
 	}
@@ -169,13 +174,14 @@ func settled(t *testing.T, k *kerneltest.Kernel, want mesh.State) {
 // same is cmp.Diff's question, a hundred times faster.
 func same(a, b mesh.State) bool {
 	f, g := a.Filter, b.Filter
+	samePeer := func(p, q mesh.Peer) bool {
+		return p.PublicKey == q.PublicKey && p.PresharedKey == q.PresharedKey && p.Endpoint == q.Endpoint && p.Keepalive == q.Keepalive && slices.Equal(p.AllowedIPs, q.AllowedIPs)
+	}
 	return a.Link == b.Link && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Routes, b.Routes) && slices.Equal(a.Rules, b.Rules) &&
-		slices.EqualFunc(a.Peers, b.Peers, func(p, q mesh.Peer) bool {
-			return p.PublicKey == q.PublicKey && p.PresharedKey == q.PresharedKey && p.Endpoint == q.Endpoint && p.Keepalive == q.Keepalive && slices.Equal(p.AllowedIPs, q.AllowedIPs)
-		}) &&
+		slices.EqualFunc(a.Peers, b.Peers, samePeer) && a.Spare.Link == b.Spare.Link && slices.EqualFunc(a.Spare.Peers, b.Spare.Peers, samePeer) &&
 		f.Interface == g.Interface && f.Broken == g.Broken && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) && slices.Equal(f.Withheld, g.Withheld) &&
 		slices.Equal(f.Local, g.Local) && slices.Equal(f.Pods, g.Pods) && slices.Equal(f.Exempt, g.Exempt) &&
-		slices.Equal(f.Masqueraded, g.Masqueraded) &&
+		slices.Equal(f.Masqueraded, g.Masqueraded) && slices.Equal(f.Behind, g.Behind) &&
 		f.Nodes.Equal(g.Nodes) && a.SrcValidMark == b.SrcValidMark
 }
 
@@ -187,8 +193,9 @@ type watch struct {
 	pods    []netip.Addr                       // attached, and in the cluster, before and after
 	keys    map[wgtypes.Key][]mesh.Fingerprint // each peer's preshared key before, and after
 	foreign string
-	hosts   []netip.Prefix      // machines that are reached by the tunnel, before or after
-	held    map[netip.Addr]bool // before the first op
+	paths   map[netip.Prefix][]path // into the tunnel: those that may be taken, of before and after
+	hosts   []netip.Prefix          // machines that are reached by the tunnel, before or after
+	held    map[netip.Addr]bool     // before the first op
 }
 
 func newWatch(before, after mesh.State, pods []netip.Addr) watch {
@@ -213,10 +220,28 @@ func newWatch(before, after mesh.State, pods []netip.Addr) watch {
 		w.held[a] = true
 	}
 	w.keys = map[wgtypes.Key][]mesh.Fingerprint{}
-	for _, p := range slices.Concat(before.Peers, after.Peers) {
+	for _, p := range slices.Concat(before.Peers, after.Peers, before.Spare.Peers, after.Spare.Peers) {
 		w.keys[p.PublicKey] = append(w.keys[p.PublicKey], p.PresharedKey)
 	}
-	if before.Link.Name != after.Link.Name { // the interface itself goes
+	w.paths = map[netip.Prefix][]path{}
+	waysAfter := paths(after)
+	for p, was := range paths(before) {
+		is, stays := waysAfter[p]
+		if !stays {
+			continue
+		}
+		for _, s := range []mesh.State{before, after} {
+			for _, plane := range []mesh.Plane{was.plane, is.plane} {
+				if peer := peersOn(s, plane)[p]; peer != (wgtypes.Key{}) {
+					w.paths[p] = append(w.paths[p], path{plane, peer})
+				}
+			}
+		}
+	}
+	if before.Link.Name != after.Link.Name || before.Link.PublicKey != after.Link.PublicKey { // the interface itself goes, or its sessions
+		w.paths = nil
+	}
+	if before.Link.Name != after.Link.Name {
 		w.stays, w.moves = nil, nil
 	}
 	removed := after.Filter.Interface == ""
@@ -242,8 +267,10 @@ func (w watch) check(t *testing.T, k, doomed *kerneltest.Kernel) {
 	routed := routed(now)
 	w.noMachineLockedOut(t, now, routed)
 	allowed := 0
-	for _, p := range now.Peers {
-		allowed += len(p.AllowedIPs)
+	for i, p := range slices.Concat(now.Peers, now.Spare.Peers) {
+		if i < len(now.Peers) {
+			allowed += len(p.AllowedIPs)
+		}
 		// A peer that is made first and given its key then could shake hands without it.
 		if !slices.Contains(w.keys[p.PublicKey], p.PresharedKey) {
 			t.Errorf("peer %s has preshared key %s, want one of %v", keyName(p.PublicKey), p.PresharedKey, w.keys[p.PublicKey])
@@ -252,10 +279,18 @@ func (w watch) check(t *testing.T, k, doomed *kerneltest.Kernel) {
 	if allowed != len(owner) {
 		t.Errorf("an allowed IP has two owners")
 	}
-	// ReplaceAllowedIPs empties the list first (cilium PR 34612).
+	// ReplaceAllowedIPs empties the list first (cilium PR 34612), and a configuration
+	// that is replaced as a whole at each reconcile does all the time (kilo#34, kilo#39,
+	// kilo#82).
 	for p, want := range w.stays {
 		if owner[p] != want || !routed[p] {
 			t.Errorf("%s stays with %s; now owner %s, routed %v", p, keyName(want), keyName(owner[p]), routed[p])
+		}
+	}
+	pathsNow := paths(now)
+	for p, ways := range w.paths { // no packet goes where its peer does not have it yet, or not any more
+		if got := pathsNow[p]; !slices.Contains(ways, got) {
+			t.Errorf("%s goes by %v, want one of %v", p, got, ways)
 		}
 	}
 	for p := range w.moves { // A -> B -> A (felix#2535)
@@ -307,6 +342,31 @@ func routed(s mesh.State) map[netip.Prefix]bool {
 		out[r.Prefix] = out[r.Prefix] || r.Type == mesh.ViaLink
 	}
 	return out
+}
+
+// A path is the plane that a route leads to, and the peer that has its prefix there.
+type path struct {
+	plane mesh.Plane
+	peer  wgtypes.Key
+}
+
+func paths(s mesh.State) map[netip.Prefix]path {
+	owner := map[mesh.Plane]map[netip.Prefix]wgtypes.Key{mesh.Primary: peersOn(s, mesh.Primary), mesh.Spare: peersOn(s, mesh.Spare)}
+	out := map[netip.Prefix]path{}
+	for _, r := range s.Routes {
+		if r.Type == mesh.ViaLink {
+			out[r.Prefix] = path{r.Plane, owner[r.Plane][r.Prefix]}
+		}
+	}
+	return out
+}
+
+// peersOn are those to whom a plane allows each prefix.
+func peersOn(s mesh.State, p mesh.Plane) map[netip.Prefix]wgtypes.Key {
+	if p == mesh.Spare {
+		s.Peers = s.Spare.Peers
+	}
+	return owners(s)
 }
 
 func (w watch) neverPlaintext(t *testing.T, k *kerneltest.Kernel, when string) {

@@ -208,6 +208,9 @@ func (f Filter) sets() string {
 		s += fmt.Sprintf(" withheld %v", f.Withheld)
 	}
 	s += fmt.Sprintf(" local %v exempt %v", f.Local, f.Exempt)
+	if len(f.Behind) > 0 {
+		s += fmt.Sprintf(" behind %v", f.Behind)
+	}
 	if len(f.Masqueraded) > 0 {
 		s += fmt.Sprintf(" masqueraded %v", f.Masqueraded)
 	}
@@ -284,11 +287,22 @@ func difference[T comparable](a, b []T) []T {
 // trim drops what both lists begin with, and what they end with: of two sorted
 // lists with one change between them, next to everything.
 func trim[T comparable](a, b []T) ([]T, []T) {
-	for len(a) > 0 && len(b) > 0 && a[0] == b[0] {
+	return trimFunc(a, b, func(x, y *T) bool { return *x == *y })
+}
+
+func trimFunc[T any](a, b []T, equal func(x, y *T) bool) ([]T, []T) {
+	if shared(a, b) {
+		return nil, nil
+	}
+	for len(a) > 0 && len(b) > 0 && equal(&a[0], &b[0]) {
 		a, b = a[1:], b[1:]
 	}
-	for len(a) > 0 && len(b) > 0 && a[len(a)-1] == b[len(b)-1] {
+	for len(a) > 0 && len(b) > 0 && equal(&a[len(a)-1], &b[len(b)-1]) {
 		a, b = a[:len(a)-1], b[:len(b)-1]
 	}
 	return a, b
 }
+
+// shared reports whether both are one and the same list: plans share what stays,
+// see Planner.
+func shared[T any](a, b []T) bool { return len(a) == len(b) && len(a) > 0 && &a[0] == &b[0] }

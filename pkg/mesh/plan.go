@@ -39,8 +39,10 @@ func NewPlan(f Facts) Plan {
 	p.SrcValidMark = f.ReachesHosts()
 	p.Filter = Filter{
 		Interface: f.Interface,
+		FwMark:    f.FwMark,
 		Cluster:   Merge(f.Bounds().All()),
 		Local:     Merge(local),
+		Behind:    Merge(inside(f.ExternalCIDRs, local)),
 		Pods:      pods,
 		Exempt:    owners.Exempt,
 		Nodes:     nodeFilter(f),
@@ -54,6 +56,11 @@ func NewPlan(f Facts) Plan {
 	return p
 }
 
+// inside are those of the prefixes that one of the bounds covers.
+func inside(bounds, prefixes []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return !anyCovers(bounds, p) })
+}
+
 // addTunnel plans the interface, its peers and the routes into it.
 func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 	p.Link = Link{
@@ -64,6 +71,7 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 	source := p.sources(f, hosts)
 	ours := p.ours(f)
 	nodes = slices.DeleteFunc(slices.Clone(nodes), func(n Node) bool { return owners.Refused[n.Name] })
+	by := p.planes(f, nodes)
 	topology := NewTopology(append(nodes, f.Self), owners.Carrier)
 	neighbours := p.addPeers(f, nodes, topology, owners)
 	p.Routes = slices.Grow(p.Routes, 2*len(nodes))
@@ -81,10 +89,11 @@ func (p *Plan) addTunnel(f Facts, nodes []Node, owners Ownership) {
 				continue
 			}
 			peer.AllowedIPs = append(peer.AllowedIPs, q)
-			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table})
+			p.Routes = append(p.Routes, Route{Prefix: q, Type: ViaLink, Source: source[q.Addr().Is6()], Table: f.Table, Plane: by[peer.Name]})
 		}
-		p.addHosts(hosts, peer, n.Name, source)
+		p.addHosts(hosts, peer, n.Name, source, by[peer.Name])
 	}
+	p.addSpare(f, nodes, by)
 }
 
 // sources are the addresses that this machine's own packets into the tunnel have,

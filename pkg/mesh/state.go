@@ -15,6 +15,7 @@ type State struct {
 	Link      Link
 	Addresses []netip.Prefix // of Link
 	Peers     []Peer         // of Link
+	Spare     SpareLink      // there while keys are rotated
 	Routes    []Route
 	Rules     []Rule
 	Filter    Filter
@@ -72,6 +73,8 @@ type Route struct {
 	Source netip.Addr // preferred source address, or none
 	Table  int
 	Metric int // 0 is the family's default
+	// Plane is the interface that a route of type ViaLink leads into.
+	Plane Plane
 }
 
 // Rule sends all packets that do not carry the mark to the table.
@@ -93,12 +96,16 @@ type Rule struct {
 // whatever masquerades later.
 type Filter struct {
 	Interface string
+	FwMark    uint32 // one bit: what carries it asks the tables of others only
 	Cluster   []netip.Prefix
 	Guarded   []netip.Prefix // disjoint
 	Withheld  []netip.Prefix // disjoint
 	Local     []netip.Prefix // disjoint: this node's own ranges
 	Pods      []netip.Addr   // this node's pods outside of Local
-	Exempt    []netip.Addr   // node addresses inside Cluster
+	// Behind are those of Local that may lie behind a router of this machine's own: the
+	// networks of a machine that is no node. All else of Local is on its links.
+	Behind []netip.Prefix
+	Exempt []netip.Addr // node addresses inside Cluster
 	// Masqueraded are the ranges of machines that only this node knows: what comes
 	// from them leaves by Interface with this node's address.
 	Masqueraded []netip.Prefix
@@ -115,7 +122,7 @@ func (f Filter) present() bool { return f.Interface != "" || f.Broken }
 func (f Filter) sameSets(g Filter) bool {
 	return f.Interface == g.Interface && slices.Equal(f.Cluster, g.Cluster) && slices.Equal(f.Guarded, g.Guarded) &&
 		slices.Equal(f.Withheld, g.Withheld) && slices.Equal(f.Local, g.Local) && slices.Equal(f.Exempt, g.Exempt) &&
-		slices.Equal(f.Masqueraded, g.Masqueraded)
+		slices.Equal(f.Masqueraded, g.Masqueraded) && slices.Equal(f.Behind, g.Behind)
 }
 
 func compareRoutes(a, b Route) int {
@@ -149,13 +156,15 @@ func comparePeers(a, b Peer) int { return slices.Compare(a.PublicKey[:], b.Publi
 // adapter calls it on what it observed.
 func (s *State) Sort() {
 	slices.SortFunc(s.Addresses, ComparePrefixes)
-	slices.SortFunc(s.Peers, comparePeers)
-	for i := range s.Peers {
-		slices.SortFunc(s.Peers[i].AllowedIPs, ComparePrefixes)
+	for _, peers := range [][]Peer{s.Peers, s.Spare.Peers} {
+		slices.SortFunc(peers, comparePeers)
+		for i := range peers {
+			slices.SortFunc(peers[i].AllowedIPs, ComparePrefixes)
+		}
 	}
 	slices.SortFunc(s.Routes, compareRoutes)
 	slices.SortFunc(s.Rules, compareRules)
-	for _, set := range []*[]netip.Prefix{&s.Filter.Cluster, &s.Filter.Guarded, &s.Filter.Withheld, &s.Filter.Local, &s.Filter.Masqueraded} {
+	for _, set := range []*[]netip.Prefix{&s.Filter.Cluster, &s.Filter.Guarded, &s.Filter.Withheld, &s.Filter.Local, &s.Filter.Behind, &s.Filter.Masqueraded} {
 		slices.SortFunc(*set, ComparePrefixes)
 	}
 	slices.SortFunc(s.Filter.Pods, netip.Addr.Compare)

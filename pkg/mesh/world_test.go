@@ -24,8 +24,30 @@ type world struct {
 
 func newWorld(rng *rand.Rand) *world {
 	w := &world{rng: rng, facts: mesh.Facts{Settings: settings("10.244.0.0/16", "fd00:244::/32")}, nodes: map[string]*mesh.Node{}}
-	w.facts.Self = mesh.Node{Name: "self", PublicKey: key(100), Endpoint: endpoint("192.0.2.100:51820"), Prefixes: w.someClaims()}
+	w.facts.Self = mesh.Node{
+		Name: "self", PublicKey: key(100), Endpoint: endpoint("192.0.2.100:51820"), Prefixes: w.someClaims(),
+		Spare: mesh.SpareEnd{PublicKey: key(250), Port: 51821},
+	}
+	w.facts.SparePort = 51830
 	return w
+}
+
+// cross has a pair of nodes change planes: the second tunnel comes, the routes move,
+// and it goes.
+func (w *world) cross(n *mesh.Node) {
+	f := &w.facts
+	f.Crossing = maps.Clone(f.Crossing)
+	if f.Crossing == nil {
+		f.Crossing = map[string]mesh.Plane{}
+	}
+	switch _, crossing := f.Crossing[n.Name]; {
+	case !crossing:
+		f.Crossing[n.Name] = mesh.Primary
+	case w.rng.IntN(3) == 0:
+		delete(f.Crossing, n.Name)
+	default:
+		f.Crossing[n.Name] = !f.Crossing[n.Name]
+	}
 }
 
 func (w *world) at() time.Time { return at(w.now) }
@@ -126,10 +148,15 @@ func (w *world) changeNodes() {
 		w.nodes[name] = &mesh.Node{
 			Name: name, PublicKey: key(1 + w.rng.IntN(200)), PresharedKey: w.somePSK(),
 			Endpoint: w.someEndpoint(), Prefixes: w.someClaims(), Since: w.at(), Hosts: w.someHosts(),
+			Spare: mesh.SpareEnd{PublicKey: key(201 + w.rng.IntN(40)), PresharedKey: w.somePSK(), Port: 51821},
 		}
 		return
 	}
-	switch w.rng.IntN(14) {
+	switch w.rng.IntN(18) {
+	case 14, 15, 16:
+		w.cross(a)
+	case 17:
+		a.Spare = mesh.SpareEnd{PublicKey: key(201 + w.rng.IntN(40)), PresharedKey: w.somePSK(), Port: uint16(51821 + w.rng.IntN(2))}
 	case 12:
 		a.Hosts = w.someHosts()
 	case 13:

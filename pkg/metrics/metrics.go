@@ -36,7 +36,11 @@ type Config struct {
 // Reading is what the kernel shows.
 type Reading struct {
 	kernel.Reading
+	// Spare are the peers of the second interface, which is there while keys are replaced.
+	Spare []mesh.Peer
 	Drops kernel.Drops
+	// KeySince is when the node's key came into use; zero: not known.
+	KeySince time.Time
 }
 
 // Metrics are those of a node. Its methods may be called at the same time.
@@ -51,6 +55,8 @@ type Metrics struct {
 	observe, plan, apply   prometheus.Histogram
 	pods, conflicts, ready prometheus.Gauge
 	refusedNow, unreached  prometheus.Gauge
+	rotationWaits          prometheus.Gauge
+	rotation               *prometheus.GaugeVec // by stage
 	registryUp, publishUp  prometheus.Gauge
 	lastPass               prometheus.Gauge
 	verbs                  *prometheus.HistogramVec
@@ -71,6 +77,9 @@ const (
 var kinds = []string{
 	reconcile.KindUnsealed, reconcile.KindUnknownSecret, reconcile.KindForged, reconcile.KindReplayed, reconcile.KindNewer, reconcile.KindMalformed,
 }
+
+// stages are those of a rotation.
+var stages = []string{string(mesh.Out), string(mesh.Back)}
 
 // passBuckets hold a pass that finds nothing to do on a small mesh, and the first
 // one on a large.
@@ -109,6 +118,10 @@ func New(c Config) *Metrics {
 	m.conflicts = gauge("conflicts", "Claims of nodes that are refused now, such as a prefix that another node holds.")
 	m.refusedNow = gauge("refused_records", "Records of the registry that are refused now.")
 	m.unreached = gauge("unreached_nodes", "Nodes to which node traffic cannot be delivered now.")
+	m.rotationWaits = gauge("key_rotation_waiting", "Peers that the rotation of this node's key waits for.")
+	m.rotation = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: prefix + "key_rotation_stage", Help: "1 for how far the rotation of this node's key is: out, to the new key, or back, to the first interface with it.",
+	}, []string{"stage"})
 	m.ready = gauge("ready", "1 while the kernel is as planned and this node belongs to the mesh.")
 	m.registryUp = gauge("registry_up", "1 while the registry can be read.")
 	m.publishUp = gauge("registry_publish_up", "1 while the registry takes this node's record.")
@@ -120,7 +133,7 @@ func New(c Config) *Metrics {
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: prefix + "info", Help: "1, with what this node is."},
 		[]string{"version", "node", "interface", "encryption"})
 	info.WithLabelValues(c.Version, c.Node, c.Interface, c.Encryption).Set(1)
-	r.MustRegister(m.verbs, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	r.MustRegister(m.verbs, m.rotation, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, result := range []string{ok, failed} {
 		m.passes.WithLabelValues(result)
 		for _, verb := range store.VerbNames {
@@ -129,6 +142,9 @@ func New(c Config) *Metrics {
 	}
 	for _, kind := range kinds {
 		m.refused.WithLabelValues(kind)
+	}
+	for _, stage := range stages {
+		m.rotation.WithLabelValues(stage)
 	}
 	return m
 }
@@ -161,6 +177,14 @@ func (m *Metrics) Passed(p reconcile.Passed) {
 	m.conflicts.Set(float64(conflicts))
 	m.refusedNow.Set(float64(len(r.Refused)))
 	m.unreached.Set(float64(len(r.Unreached)))
+	rotation := reconcile.RotationReport{}
+	if r.Rotation != nil {
+		rotation = *r.Rotation
+	}
+	m.rotationWaits.Set(float64(len(rotation.Waiting)))
+	for _, stage := range stages {
+		m.rotation.WithLabelValues(stage).Set(one(string(rotation.Stage) == stage))
+	}
 	m.ready.Set(one(Ready(r) == nil))
 	m.registryUp.Set(one(r.RegistryError == ""))
 	m.publishUp.Set(one(r.PublishError == ""))

@@ -70,7 +70,7 @@ func TestScrape(t *testing.T) {
 	m := newMetrics(func() (metrics.Reading, error) {
 		return metrics.Reading{
 			Reading: kernel.Reading{Name: "wgcni0", MTU: 1420, Up: true, Unallowed: &unallowed, Peers: shown[:2]},
-			Drops:   kernel.Drops{Out: kernel.DropCount{Packets: 3, Bytes: 300}},
+			Drops:   kernel.Drops{Out: kernel.DropCount{Packets: 3, Bytes: 300}}, KeySince: now.Add(-time.Hour),
 		}, failure
 	})
 	lines := func(wanted bool, want ...string) {
@@ -86,17 +86,19 @@ func TestScrape(t *testing.T) {
 		}
 	}
 	lines(true, "wgcni_ready 0", `wgcni_passes_total{result="error"} 0`, `wgcni_peers{state="connected"} 0`, `wgcni_refused_records_total{kind="unknown secret"} 0`,
-		`wgcni_cni_verb_duration_seconds_count{result="error",verb="DEL"} 0`, `wgcni_info{encryption="required",interface="wgcni0",node="a",version="v1"} 1`)
+		`wgcni_cni_verb_duration_seconds_count{result="error",verb="DEL"} 0`, `wgcni_info{encryption="required",interface="wgcni0",node="a",version="v1"} 1`,
+		"wgcni_key_age_seconds 3600", "wgcni_key_rotation_waiting 0", `wgcni_key_rotation_stage{stage="out"} 0`, `wgcni_key_rotation_stage{stage="back"} 0`)
 
 	m.Passed(reconcile.Passed{
 		Peers: planned, Pods: 4, Repairs: 2, Took: reconcile.Took{Observe: time.Millisecond, Plan: time.Millisecond},
 		Report: reconcile.Report{
 			At: now, RefusedTotal: map[string]uint64{"forged": 2}, Rival: true, Conflicts: make([]mesh.Conflict, 2),
 			RegistryError: "away", RegistrySince: now.Add(-90 * time.Second),
+			Rotation: &reconcile.RotationReport{Stage: mesh.Out, Pairs: 3, Moved: 2, Waiting: make([]reconcile.RotationWait, 1)},
 		},
 	})
 	m.Verbs([]store.Verb{{Name: "ADD", Took: 4 * time.Millisecond}, {Name: "DEL", Failed: true, Took: time.Second}})
-	lines(true,
+	lines(true, "wgcni_key_rotation_waiting 1", `wgcni_key_rotation_stage{stage="out"} 1`, `wgcni_key_rotation_stage{stage="back"} 0`,
 		"wgcni_ready 1", "wgcni_pods 4", "wgcni_repairs_total 2", "wgcni_conflicts 3", "wgcni_registry_up 0", "wgcni_registry_age_seconds 90",
 		`wgcni_passes_total{result="ok"} 1`, `wgcni_refused_records_total{kind="forged"} 2`,
 		`wgcni_peer_state{peer="node-0",state="connected"} 1`, `wgcni_peer_state{peer="node-1",state="no handshake"} 1`, `wgcni_peer_state{peer="node-2",state="missing"} 1`,
@@ -110,11 +112,39 @@ func TestScrape(t *testing.T) {
 
 	// The total is the loop's: it is not counted twice. A pass that failed says nothing of pods.
 	m.Passed(reconcile.Passed{Report: reconcile.Report{At: now, Error: "broken", RefusedTotal: map[string]uint64{"forged": 3}}})
-	lines(true, "wgcni_ready 0", "wgcni_pods 4", `wgcni_refused_records_total{kind="forged"} 3`, `wgcni_passes_total{result="error"} 1`, "wgcni_registry_age_seconds 0")
+	lines(true, "wgcni_key_rotation_waiting 0", `wgcni_key_rotation_stage{stage="out"} 0`, "wgcni_ready 0", "wgcni_pods 4", `wgcni_refused_records_total{kind="forged"} 3`, `wgcni_passes_total{result="error"} 1`, "wgcni_registry_age_seconds 0")
 
 	failure = errors.New("no netlink")
 	lines(true, "wgcni_kernel_read_up 0", "wgcni_ready 0")
 	lines(false, "wgcni_interface_up 1", "wgcni_interface_up 0")
+}
+
+// While keys are replaced, what goes by the second interface has series of its own,
+// and the handshake is the newer one.
+func TestScrapeOfBothPlanes(t *testing.T) {
+	planned, shown := peers(2)
+	shown[0].LastHandshake = now.Add(-time.Hour)
+	spare := []mesh.Peer{{PublicKey: wgtypes.Key{9}, LastHandshake: now.Add(-time.Second), ReceiveBytes: 100, TransmitBytes: 200}, {PublicKey: wgtypes.Key{8}}}
+	m := newMetrics(func() (metrics.Reading, error) {
+		return metrics.Reading{Reading: kernel.Reading{Peers: shown}, Spare: spare}, nil
+	})
+	m.Passed(reconcile.Passed{Peers: planned, Spare: []mesh.Peer{{Name: "node-0", PublicKey: wgtypes.Key{9}}, {Name: "node-1", PublicKey: wgtypes.Key{7}}}})
+	text := get(t, m)
+	for _, line := range []string{
+		`wgcni_peer_state{peer="node-0",state="connected"} 1`, `wgcni_peer_last_handshake_timestamp_seconds{peer="node-0"} 1.767323044e+09`,
+		`wgcni_peer_receive_bytes_total{peer="node-0"} 0`, `wgcni_peer_receive_bytes_total{peer="node-0",plane="spare"} 100`, `wgcni_peer_transmit_bytes_total{peer="node-0",plane="spare"} 200`,
+		`wgcni_peer_transmit_bytes_total{peer="node-1"} 7`,
+	} {
+		if !strings.Contains(text, "\n"+line+"\n") {
+			t.Errorf("no line %s", line)
+		}
+	}
+	if strings.Contains(text, `peer="node-1",plane`) {
+		t.Error("a tunnel that is not there has counters")
+	}
+	if problems, err := promlint.New(strings.NewReader(text)).Lint(); err != nil || len(problems) > 0 {
+		t.Errorf("promlint: %v, %v", problems, err)
+	}
 }
 
 // A name that is no UTF-8 harms nobody.

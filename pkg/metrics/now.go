@@ -55,9 +55,10 @@ type now struct {
 }
 
 type peer struct {
-	name  string // as the value of a label
-	state string
-	mesh.Peer
+	name      string // as the value of a label
+	state     string
+	mesh.Peer            // endpoint and handshake are of the plane that shook hands last
+	spare     *mesh.Peer // nil: there is none
 }
 
 // readPatience is Config.Patience where it is not set.
@@ -97,16 +98,39 @@ func (m *Metrics) look() *now {
 	for i, p := range n.read.Peers {
 		have[p.PublicKey] = i
 	}
+	spares := spareByName(last.Spare, n.read.Spare)
 	n.peers = make([]peer, 0, len(last.Peers))
-	for _, p := range last.Peers {
-		name := escape.Replace(strings.ToValidUTF8(p.Name, "\ufffd"))
+	for _, planned := range last.Peers {
+		name := escape.Replace(strings.ToValidUTF8(planned.Name, "\ufffd"))
+		p, spare := planned, spares[planned.Name]
 		i, there := have[p.PublicKey]
 		if there {
 			p = n.read.Peers[i]
 		}
-		n.peers = append(n.peers, peer{name, m.State(p, there, at), p})
+		if there && spare != nil && spare.LastHandshake.After(p.LastHandshake) {
+			p.LastHandshake, p.Endpoint = spare.LastHandshake, spare.Endpoint
+		}
+		n.peers = append(n.peers, peer{name, m.State(p, there, at), p, spare})
 	}
 	return n
+}
+
+// spareByName are the peers of the second interface, by the names that are planned.
+func spareByName(planned, have []mesh.Peer) map[string]*mesh.Peer {
+	if len(planned) == 0 || len(have) == 0 {
+		return nil
+	}
+	byKey := make(map[wgtypes.Key]*mesh.Peer, len(have))
+	for i, p := range have {
+		byKey[p.PublicKey] = &have[i]
+	}
+	out := make(map[string]*mesh.Peer, len(planned))
+	for _, p := range planned {
+		if spare, there := byKey[p.PublicKey]; there {
+			out[p.Name] = spare
+		}
+	}
+	return out
 }
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -122,13 +146,14 @@ var (
 	descDropped      = desc("plaintext_dropped_packets_total", "Plaintext packets that were kept from leaving (out) and from coming in.", "direction")
 	descDroppedBytes = desc("plaintext_dropped_bytes_total", "Bytes of plaintext packets that were kept from leaving (out) and from coming in.", "direction")
 	descUnallowed    = desc("unallowed_source_packets_total", "Packets that a peer had sealed with a source address that is not allowed to it.")
+	descKeyAge       = desc("key_age_seconds", "For how long this node's key has been in use.")
 	descAway         = desc("registry_age_seconds", "For how long the registry could not be read; 0 while it can.")
 )
 
 // Describe implements prometheus.Collector.
 func (n *now) Describe(to chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descRead, descUp, descMTU, descUserspace, descPeers, descDropped, descDroppedBytes, descUnallowed, descAway,
+		descRead, descUp, descMTU, descUserspace, descPeers, descDropped, descDroppedBytes, descUnallowed, descKeyAge, descAway,
 	} {
 		to <- d
 	}
@@ -146,6 +171,9 @@ func (n *now) Collect(to chan<- prometheus.Metric) {
 	gauge(descRead, one(n.err == nil))
 	if n.err != nil {
 		return
+	}
+	if !n.read.KeySince.IsZero() {
+		gauge(descKeyAge, max(n.m.Now().Sub(n.read.KeySince), 0).Seconds())
 	}
 	gauge(descUp, one(n.read.Up))
 	gauge(descUserspace, one(n.read.Userspace))
@@ -179,18 +207,30 @@ func (n *now) write(to io.Writer, families []*dto.MetricFamily) {
 			return
 		}
 	}
-	family := func(name, kind, help string, value func(peer) (rest string, v float64, there bool)) {
+	family := func(name, kind, help string, value func(peer) (rest string, v float64, there bool)) (sample func(peer, string, float64)) {
 		head := prefix + name + `{peer="`
 		line := append([]byte(nil), "# HELP "+prefix+name+" "+help+"\n# TYPE "+prefix+name+" "+kind+"\n"...)
-		for _, p := range n.peers {
-			rest, v, there := value(p)
-			if !there {
-				continue
-			}
+		sample = func(p peer, rest string, v float64) {
 			line = append(append(append(append(line, head...), p.name...), rest...), "} "...)
 			line = append(strconv.AppendFloat(line, v, 'g', -1, 64), '\n')
 			_, _ = w.Write(line)
 			line = line[:0]
+		}
+		for _, p := range n.peers {
+			if rest, v, there := value(p); there {
+				sample(p, rest, v)
+			}
+		}
+		return sample
+	}
+	// A second interface has series of its own: as one sum, its end would look like a
+	// counter that has begun anew (Prometheus, rate).
+	bytes := func(name, help string, value func(mesh.Peer) int64) {
+		sample := family(name, "counter", help, func(p peer) (string, float64, bool) { return `"`, float64(value(p.Peer)), true })
+		for _, p := range n.peers {
+			if p.spare != nil {
+				sample(p, `",plane="`+mesh.Spare.String()+`"`, float64(value(*p.spare)))
+			}
 		}
 	}
 	if len(n.peers) == 0 {
@@ -200,12 +240,10 @@ func (n *now) write(to io.Writer, families []*dto.MetricFamily) {
 		func(p peer) (string, float64, bool) {
 			return `"`, float64(p.LastHandshake.UnixMilli()) / 1000, !p.LastHandshake.IsZero()
 		})
-	family("peer_receive_bytes_total", "counter", "Bytes received from the peer, as sealed.",
-		func(p peer) (string, float64, bool) { return `"`, float64(p.ReceiveBytes), true })
+	bytes("peer_receive_bytes_total", "Bytes received from the peer, as sealed.", func(p mesh.Peer) int64 { return p.ReceiveBytes })
 	family("peer_state", "gauge", "1, with the state that the peer is in now.",
 		func(p peer) (string, float64, bool) { return `",state="` + p.state + `"`, 1, true })
-	family("peer_transmit_bytes_total", "counter", "Bytes sent to the peer, as sealed.",
-		func(p peer) (string, float64, bool) { return `"`, float64(p.TransmitBytes), true })
+	bytes("peer_transmit_bytes_total", "Bytes sent to the peer, as sealed.", func(p mesh.Peer) int64 { return p.TransmitBytes })
 }
 
 // escape is the text format's for the value of a label.

@@ -21,12 +21,15 @@ func (l *Loop) removed() bool {
 
 // forgotten reports whether the mesh has revoked our key. Then there is nothing
 // to announce with it, and the plan has no tunnel: see mesh.Facts.Revoked.
-func (l *Loop) forgotten() bool { return Forgotten(l.config.NodeName, l.Key, l.known) }
+func (l *Loop) forgotten() bool { return Forgotten(l.config.NodeName, l.Keys.Current, l.known) }
 
 // announce publishes our record if the registry does not have it as it is now.
 func (l *Loop) announce(now time.Time) {
 	if l.fresh == nil {
 		return // its revision of our record is not known yet
+	}
+	if l.rekeyed {
+		return // who knows the new key shakes hands with it: see rekeyedAt
 	}
 	if l.forgotten() {
 		if l.publisher.clear(); !l.outcast {
@@ -55,7 +58,8 @@ func (l *Loop) announce(now time.Time) {
 	}
 	// Nobody but us raises our revision. A machine that was cloned has our key too.
 	// What we offered may still arrive after we have changed our mind.
-	foreign := theirs.PublicKey != self.PublicKey || theirs.Revision > max(self.Revision, l.offered)
+	ours := theirs.PublicKey == self.PublicKey || theirs.Next == self.PublicKey // rotated since
+	foreign := !ours || theirs.Revision > max(self.Revision, l.offered)
 	if current && l.joined && !theirs.Left && foreign {
 		if !l.rival {
 			l.Log.Error("another node publishes under this node's name; its record stays", "name", self.Name, "mend", "set \"nodeName\" so that each node has its own")
@@ -99,6 +103,7 @@ func (l *Loop) hearPublished(r publishResult) {
 		l.joined, l.unpublished, l.held = true, "", record.Pods
 		if record.Revision > accepted.Revision {
 			l.known.Records.Nodes[record.Name] = &record
+			l.planner.members.note(record.Name)
 		}
 		if !l.heard { // else what the registry told meanwhile may be later
 			l.published = &record

@@ -12,8 +12,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/google/renameio/v2"
-
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
@@ -37,9 +36,11 @@ func (a Announced) covers(addr netip.Addr, since time.Time) bool {
 
 func announcedPath(runDir string) string { return filepath.Join(runDir, "announced.json") }
 
-// beginTelling takes back what an earlier helper told.
+// beginTelling takes back what an earlier helper told, and what one that was killed
+// left beside it.
 func (l *Loop) beginTelling() error {
 	l.telling = true
+	durable.Sweep(l.config.RunDir, l.config.StateDir)
 	if err := os.Remove(announcedPath(l.config.RunDir)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -65,7 +66,7 @@ func (l *Loop) tell() {
 	}
 	text, err := json.Marshal(now)
 	if err == nil {
-		err = renameio.WriteFile(announcedPath(l.config.RunDir), text, 0o600, renameio.WithTempDir(l.config.RunDir))
+		err = durable.Replace(announcedPath(l.config.RunDir), text, 0o600)
 	}
 	if err != nil {
 		l.Log.Warn("cannot tell the plugin what has been announced; an ADD may wait for it in vain", "error", err)

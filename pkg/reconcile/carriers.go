@@ -157,14 +157,7 @@ func newestClaim(r registry.Record, claims []mesh.Claim) (since time.Time) {
 type calls [3]map[wgtypes.Key]kernel.Handshake
 
 // isEntry reports whether plain machines enter by this node.
-func (l *Loop) isEntry() bool {
-	for _, r := range l.known.Records.Nodes {
-		if r.Enters(l.config.NodeName) && !r.Masqueraded {
-			return true
-		}
-	}
-	return false
-}
+func (l *Loop) isEntry() bool { return l.planner.members.entry }
 
 // hearMachines looks who has called, and reports whether that changes what this
 // node carries.

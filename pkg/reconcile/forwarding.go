@@ -18,7 +18,22 @@ import (
 // interfaces as well, and takes the router advertisements from an IPv6 host
 // (accept_ra in Documentation/networking/ip-sysctl.rst).
 func ForwardingNote(c config.Config, known store.Known, forwards func(ipv6 bool) bool) string {
-	if !carries(c, known) {
+	enters := func() bool {
+		for _, r := range known.Records.Nodes {
+			if r.Enters(c.NodeName) {
+				return true
+			}
+		}
+		return false
+	}
+	return forwardingNote(c, enters, forwards)
+}
+
+// forwardingNote is ForwardingNote, where it is known whether a plain machine enters
+// by this one.
+func forwardingNote(c config.Config, enters func() bool, forwards func(ipv6 bool) bool) string {
+	carries := c.Role == mesh.RoleGateway || slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return !p.IsSingleIP() })
+	if !carries && !enters() {
 		return ""
 	}
 	var off []string
@@ -39,22 +54,9 @@ func ForwardingNote(c config.Config, known store.Known, forwards func(ipv6 bool)
 		strings.Join(off, " "))
 }
 
-// carries reports whether packets of other machines pass through this one.
-func carries(c config.Config, known store.Known) bool {
-	if c.Role == mesh.RoleGateway || slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return !p.IsSingleIP() }) {
-		return true
-	}
-	for _, r := range known.Records.Nodes {
-		if r.Enters(c.NodeName) {
-			return true
-		}
-	}
-	return false
-}
-
 // warnOfForwarding says it once.
 func (l *Loop) warnOfForwarding() {
-	note := ForwardingNote(l.config, l.known, kernel.Forwards)
+	note := forwardingNote(l.config, func() bool { return l.planner.members.enters }, kernel.Forwards)
 	if note != "" && note != l.forwarding {
 		l.Log.Warn(note)
 	}

@@ -26,6 +26,9 @@ func (l *Loop) logOps(ops []mesh.Op) {
 		}
 		l.Log.Info("apply", "ops", len(ops), "kinds", kinds)
 	}
+	if !l.Log.Enabled(context.Background(), level) {
+		return // a text for each of thousands of routes takes longer than half of them do
+	}
 	for _, op := range ops {
 		l.Log.Log(context.Background(), level, "apply", "op", op.String())
 	}
@@ -47,7 +50,7 @@ func (l *Loop) logLinks(o Outcome) {
 
 // warnOfFragments says once that packets of full size do not fit into the underlay's.
 func (l *Loop) warnOfFragments() {
-	note := FragmentsNote(l.config, l.underlay, l.known)
+	note := fragmentsNote(l.config, l.underlay, mtuOf(l.config, l.known), l.wide())
 	if note != "" && note != l.fragments {
 		l.Log.Warn(note)
 	}

@@ -1,12 +1,11 @@
 package reconcile
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 
@@ -25,8 +24,6 @@ import (
 var ErrLeft = errors.New("this node was removed from the mesh")
 
 const (
-	// resyncInterval is Loop.Resync where it is not set.
-	resyncInterval = 10 * time.Second
 	// passGap is the least time between the starts of two passes, so that a
 	// storm of events costs a few passes and not one each. The first event after
 	// a quiet time is served at once.
@@ -57,12 +54,12 @@ type Registry interface {
 var _ Registry = (*registry.Registry)(nil)
 
 // Loop keeps a node's kernel as planned, and its record published, for ever.
-// All fields but Adopt, Report, Passed and Resync are required.
+// All fields but Adopt, Lock, Report, Passed and Resync are required.
 type Loop struct {
 	// Load reads the configuration; it is read again at every resync, since
 	// what it finds in other files (flannel's) may come later.
 	Load     func() (config.Config, error)
-	Key      wgtypes.Key // public
+	Keys     identity.Keys // which it changes when they are rotated
 	Kernel   LoopKernel
 	Registry Registry
 	Resolver *Resolver
@@ -71,21 +68,28 @@ type Loop struct {
 	// Adopt returns the attachments that the runtime knows of. It is asked at
 	// the start, and when the store had to be replaced.
 	Adopt func(config.Config) ([]store.Attachment, error)
+	// Lock is that of HoldHelperLock. Where the run folder is removed it is taken
+	// anew: it is the caller's to close when Run has returned.
+	Lock *os.File
 	// Report is told after every pass how things stand.
 	Report func(Report)
 	// Passed is told of every pass, in the loop's own time: it must not wait for
 	// anything. Optional.
 	Passed func(Passed)
 	// Resync is how often everything is looked at although nothing has told of a
-	// change, 10 s if it is zero: WireGuard's peers change without a word.
+	// change: WireGuard's peers change without a word. If it is zero, as often as
+	// the mesh is small; see untilResync.
 	Resync time.Duration
 
 	config      config.Config
 	trust       registry.Trust
 	pairs       *identity.Pairs
-	known       store.Known
-	saved       store.Known // what peers.db holds
+	known       store.Known // who changes a record of it notes that with planner.members
+	saved       *store.KnownFile
+	saveFirst   bool // before the next plan is carried out: see save
+	planner     planner
 	underlay    kernel.Underlay
+	fadingSince time.Time          // when the underlay began to have fewer addresses than that
 	fresh       *registry.Snapshot // what the registry said last; nil before its first word
 	away        error              // why the registry cannot be read, nil if it can
 	awaySince   time.Time
@@ -109,6 +113,7 @@ type Loop struct {
 
 	unpublishedSince time.Time
 	secretsError     string // why the secrets could not be read again
+	configError      string // the same of the configuration
 	fragments        string // why full-size packets leave in fragments
 	forwarding       string // why packets of others are lost here
 	unfit            string // the pods' links that could not be given the tunnel's MTU
@@ -117,6 +122,19 @@ type Loop struct {
 	unreached      unreached
 	nodesUnreached []Unreached // as of the last look at the kernel
 	liveness       *liveness
+
+	crossings     *crossings
+	turning       RotationReport // of this node's rotation, as of the last look
+	rotateAll     time.Time      // when this node's operator last asked all nodes to rotate
+	rotationError string
+	// rekeyed is set while the interface has not got the new key yet. What was heard
+	// until rekeyedAt was meant for the one before, and all later for the new one:
+	// nobody else is told of it earlier.
+	rekeyed   bool
+	rekeyedAt time.Time
+	answers   answers
+	unwatch   context.CancelFunc // ends the watch over the store
+	complete  bool               // attachments.db has all pods, as of the last look at it
 }
 
 // Run keeps at it until ctx ends. It then leaves the kernel as it is: traffic
@@ -134,15 +152,17 @@ func (l *Loop) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	storeEvents := watchStore(ctx, l.config.RunDir, l.Log)
+	storeEvents := l.watch(ctx)
 	updates := l.Registry.Watch(ctx)
 	resolved := make(chan struct{}, 1)
 	l.Resolver.Changed = func() { poke(resolved) }
 	l.publisher = newPublisher(ctx, l.Registry)
-	resync := time.NewTicker(cmp.Or(l.Resync, resyncInterval))
+	resync := time.NewTimer(l.untilResync(0))
 	defer resync.Stop()
+	looking, spent := false, time.Duration(0) // at everything
 	look := time.NewTicker(lookInterval)
 	defer look.Stop()
+	l.awaitFirstWord(ctx, updates)
 	wake := time.NewTimer(0) // the first pass is due at once
 	due, last := true, time.Time{}
 
@@ -180,19 +200,35 @@ func (l *Loop) Run(ctx context.Context) error {
 			l.hearPublished(result)
 			l.tell()
 		case <-resync.C:
+			looking, spent = true, cpuTime()
 			l.resync(ctx)
 		case <-look.C:
-			if !l.listen() {
+			evicted, err := l.evicted()
+			if err != nil {
+				return err
+			}
+			if evicted {
+				storeEvents = l.watch(ctx)
+			}
+			if heard, rotated := l.listen(ctx), l.rotate(l.Now()); !heard && !rotated && !evicted {
 				continue
 			}
 		case <-wake.C:
 			due = false
 			last = l.Now()
-			if _, err := l.pass(ctx); errors.Is(err, ErrLeft) {
+			_, err := l.pass(ctx)
+			if looking {
+				looking = false
+				resync.Reset(l.untilResync(cpuTime() - spent))
+			}
+			if errors.Is(err, ErrLeft) {
 				return err
 			} else if err != nil {
 				due = true
 				wake.Reset(retryAfter)
+			} else if len(l.moved) > 0 {
+				due = true
+				wake.Reset(passGap)
 			} else if d := l.settling(last); d > 0 {
 				due = true
 				wake.Reset(d)
@@ -201,25 +237,42 @@ func (l *Loop) Run(ctx context.Context) error {
 		}
 		if !due || l.Now().Sub(last) > passGap {
 			due = true
-			wake.Reset(max(passGap-l.Now().Sub(last), 0))
+			wake.Reset(min(max(passGap-l.Now().Sub(last), 0), passGap)) // whatever the clock says
 		}
 	}
 }
 
+// firstWord is how long a helper that starts anew waits for the registry.
+const firstWord = 2 * time.Second
+
+// awaitFirstWord lets the registry speak before the first pass, where the kernel holds
+// a tunnel already. The disk is of the last helper's last pass: what has changed since,
+// or was not saved any more, the kernel would lose again until the registry is heard.
+func (l *Loop) awaitFirstWord(ctx context.Context, updates <-chan registry.Update) {
+	if held, err := l.Kernel.Observe(); err != nil || held.Link.Name == "" {
+		return
+	}
+	select {
+	case u, ok := <-updates:
+		if ok {
+			l.hear(u)
+		}
+	case <-time.After(firstWord):
+	case <-ctx.Done():
+	}
+}
+
 // Once does a single pass, after asking the registry once, and returns what it
-// did. Where publish is false only the kernel is touched: a running helper does
-// the rest.
-func (l *Loop) Once(ctx context.Context, publish bool) (Outcome, error) {
+// did.
+func (l *Loop) Once(ctx context.Context) (Outcome, error) {
 	if err := l.begin(ctx); err != nil {
 		return Outcome{}, err
 	}
 	l.publisher = &publisher{wake: make(chan struct{}, 1)}
-	if publish {
-		snapshot, err := l.Registry.Snapshot(ctx)
-		l.hear(registry.Update{Snapshot: snapshot, Err: err})
-	}
+	snapshot, err := l.Registry.Snapshot(ctx)
+	l.hear(registry.Update{Snapshot: snapshot, Err: err})
 	outcome, err := l.pass(ctx)
-	if o := l.publisher.pending(); publish && o != nil {
+	if o := l.publisher.pending(); o != nil {
 		err = errors.Join(err, l.Registry.Publish(ctx, o.record, o.seen))
 	}
 	return outcome, err
@@ -238,11 +291,15 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 	if damaged != nil {
 		l.Log.Warn(damaged.Error(), "mend", "nothing to do: it is filled again from the registry")
 	}
-	l.known, l.saved = known.Clone(), known
+	l.known, l.saved = known, store.NewKnownFile(l.config.StateDir, known)
 	if l.known.Records.Nodes == nil {
 		l.known.Records = registry.NewSnapshot()
 	}
+	if l.known.Endpoints == nil {
+		l.known.Endpoints = map[string]netip.AddrPort{}
+	}
 	l.liveness = newLiveness(l.known.Self.Silent)
+	l.rotateAll, l.rekeyedAt = l.known.Self.RotateAll, l.Keys.Since
 	if !l.lookBelow() && l.underlay.MTU == 0 && l.config.Endpoint == "" {
 		l.Log.Warn("no default route: this node has no address that others could reach it at", "mend", "set \"endpoint\", unless it lies behind NAT")
 	}
@@ -254,49 +311,17 @@ func (l *Loop) begin(ctx context.Context) (err error) {
 	if err := l.readSecrets(); err != nil {
 		return err
 	}
+	l.planner.members.read(l.known.Records, l.config.NodeName) // what the registry says differs from that
 	l.sweep(ctx)
-	return nil
-}
-
-// readSecrets reads the cluster's secrets, and where they or what they are good
-// for have changed looks at every record anew, at those of the disk too.
-func (l *Loop) readSecrets() error {
-	trust, err := ReadTrust(l.config)
-	if err != nil {
-		return err
-	}
-	if l.pairs != nil && trust.Equal(l.trust) {
-		return nil
-	}
-	l.trust, l.pairs = trust, identity.NewPairs(l.Key, trust.Secrets)
-	l.Registry.SetTrust(trust)
-	for name, r := range l.known.Records.Nodes {
-		if err := trust.Check(*r); err != nil {
-			delete(l.known.Records.Nodes, name)
-			l.Log.Warn("a record that was known is no longer trusted", "error", err)
-		}
-	}
 	return nil
 }
 
 // PresharedKey is for kernel.Config.
 func (l *Loop) PresharedKey(peer wgtypes.Key, f mesh.Fingerprint) (wgtypes.Key, error) {
-	return l.pairs.Reveal(peer, f)
-}
-
-// lookBelow reads the underlay and reports whether it has changed.
-func (l *Loop) lookBelow() bool {
-	u, err := Underlay(l.Kernel, l.config)
-	if err != nil {
-		l.Log.Warn("cannot read the underlay", "error", err)
-		return false
+	if psk, ok := l.pairs.ByFingerprint(peer, f); ok {
+		return psk, nil
 	}
-	if len(u.All) == 0 && len(l.underlay.All) != 0 {
-		return false // a default route that is gone for a moment moves no node
-	}
-	changed := fmt.Sprint(u) != fmt.Sprint(l.underlay)
-	l.underlay = u
-	return changed
+	return l.pairs.For(l.Keys.Spare()).Reveal(peer, f)
 }
 
 // hear takes in what the registry says.
@@ -316,7 +341,9 @@ func (l *Loop) hear(u registry.Update) {
 		l.Log.Info("registry can be read again", "registry", l.Registry.String())
 		l.away = nil
 	}
-	merged, stale := registry.Merge(l.known.Records, u.Snapshot)
+	changed, stale := l.known.Records.Take(u.Snapshot)
+	l.saveFirst = l.saveFirst || l.planner.members.rekeyed(l.known.Records, changed)
+	l.planner.members.note(changed...)
 	news := l.refusals.hear(l.config.NodeName, u.Snapshot.Invalid, stale, l.Now())
 	for _, r := range news[:min(len(news), manyRefused)] {
 		l.Log.Warn("record refused", "node", r.Node, "kind", r.Kind, "error", r.Reason)
@@ -324,33 +351,12 @@ func (l *Loop) hear(u registry.Update) {
 	if more := len(news) - manyRefused; more > 0 {
 		l.Log.Warn("more records refused", "records", more, "mend", "`wgcnid nodes` lists all")
 	}
-	l.known.Records, l.fresh, l.published = merged, &u.Snapshot, nil
-	if ours, _ := merged.Record(l.config.NodeName); ours.Left && !l.joined && ours.Revision > l.known.Self.Revision {
+	l.fresh, l.published = &u.Snapshot, nil
+	if ours, _ := l.known.Records.Record(l.config.NodeName); ours.Left && !l.joined && ours.Revision > l.known.Self.Revision {
 		// We were forgotten while we were away, and may have lost our prefixes to
 		// others. Joining again begins anew.
 		l.known.Self = ours
 	}
-}
-
-// resync looks at everything anew.
-func (l *Loop) resync(ctx context.Context) {
-	l.observed = nil
-	if c, err := l.Load(); err != nil {
-		l.Log.Warn("configuration cannot be read; going on with the last one", "error", err)
-	} else {
-		c.RunDir, c.StateDir = l.config.RunDir, l.config.StateDir // they need a restart
-		l.config = c
-	}
-	if err := l.readSecrets(); err != nil {
-		if l.secretsError != err.Error() { // else it would be said at every resync
-			l.Log.Error("the cluster's secrets cannot be read; going on with the last ones", "error", err)
-		}
-		l.secretsError = err.Error()
-	} else {
-		l.secretsError = ""
-	}
-	l.lookBelow()
-	l.sweep(ctx)
 }
 
 // pass makes the kernel, the disk and the registry agree with what is known.
@@ -359,20 +365,36 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 	if l.removed() {
 		return Outcome{}, ErrLeft
 	}
+	l.planner.members.read(l.known.Records, l.config.NodeName)
 	l.resolveEndpoints(ctx, now)
 	l.describeSelf(now)
-	l.known.MTU = FindMTU(l.config, l.underlay, l.known.Self, l.known.Records)
+	l.known.MTU = findMTU(l.config, l.underlay, l.wide())
 	l.warnOfFragments()
 	l.warnOfForwarding()
 	// Others hear of our pods while we work: the verbs have applied here what
 	// concerns the pods themselves.
 	l.announce(now)
 
-	l.adoptIfNew(ctx)
+	if !l.complete {
+		l.adoptIfNew(ctx)
+	}
+	if l.saveFirst {
+		l.save(ctx)
+	}
 	look := mesh.Context{Now: now, Moved: l.moved}
 	o, err := Pass{
-		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Key, Pairs: l.pairs, Observed: l.observed, Context: look,
+		Config: l.config, Kernel: l.Kernel, Known: l.known, Key: l.Keys.Current, Pairs: l.pairs, Observed: l.observed, Context: look,
+		Rotation: l.rotation(), planner: &l.planner,
 	}.Run(ctx)
+	if o.Damaged != nil {
+		l.logDamaged(o.Damaged)
+	}
+	if l.complete = l.complete && o.Complete; err == nil && !l.complete {
+		if l.adoptIfNew(ctx); l.complete { // else our record would lack the pods for a moment
+			l.observed = nil
+			return l.pass(ctx)
+		}
+	}
 	if l.observed == nil && err == nil {
 		l.lookForNodes(o, now)
 	}
@@ -391,8 +413,15 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 		if l.observed == nil {
 			mended = repairs(l.planned, o, look)
 		}
+		looked := l.observed == nil
 		plan := o.Plan.State // a pointer into the outcome would keep all of it
 		l.observed, l.planned, l.moved = &plan, &plan, nil
+		l.crossed(o, l.Now())
+		if looked {
+			if l.findAstray(o); len(l.moved) > 0 {
+				l.observed = nil
+			}
+		}
 		l.pods = store.Pods(o.Pods)
 		l.describeSelf(now)
 	}
@@ -407,46 +436,34 @@ func (l *Loop) pass(ctx context.Context) (Outcome, error) {
 func (l *Loop) describeSelf(now time.Time) {
 	carried := l.carried(l.known.Self.Pods, now)
 	l.logCarried(l.entered(), carried)
-	l.known.Self = SelfRecord(l.config, l.Key, l.underlay, l.pods, Rivals(l.known.Records, l.config.NodeName), l.known.Self, now)
+	l.known.Self = SelfRecord(l.config, l.Keys.Current, l.underlay, l.pods, Rivals(l.known.Records, l.config.NodeName), l.known.Self, now)
 	l.known.Self.Pods = append(l.known.Self.Pods, carried...)
+	l.known.Self.Rotation = registry.Rotation{
+		Next: l.Keys.Spare(), SparePort: uint16(l.config.SparePort), Stage: l.Keys.Stage, KeySince: l.Keys.Since, RotateAll: l.rotateAll,
+	}
 	if l.config.Role == mesh.RoleGateway {
 		l.known.Self.Silent = l.liveness.silences()
 	}
 }
 
 func (l *Loop) resolveEndpoints(ctx context.Context, now time.Time) {
-	resolved := make(map[string]netip.AddrPort, len(l.known.Endpoints))
-	for name, r := range l.known.Records.Nodes {
-		if r.Left || name == l.config.NodeName {
-			continue
-		}
-		before := l.known.Endpoints[name]
-		e := l.Resolver.Endpoint(ctx, *r, l.underlay.Addresses, before, now)
-		if !e.IsValid() {
-			continue
-		}
-		resolved[name] = e
-		if before.IsValid() && before != e {
-			if l.moved == nil {
-				l.moved = map[wgtypes.Key]bool{}
-			}
-			l.moved[r.PublicKey] = true
-		}
-	}
-	l.known.Endpoints = resolved
+	l.planner.members.resolve(ctx, l.Resolver, l.underlay.Addresses, l.known.Endpoints, now, func(r registry.Record) {
+		l.setMoved(r.PublicKey)
+		l.setMoved(r.Next)
+	})
 }
 
+// wide reports whether an endpoint of any machine may need an IPv6 header's room.
+func (l *Loop) wide() bool { return l.planner.members.wide || wide(l.known.Self) }
+
 // save writes what has changed to the disk. It comes after the kernel: traffic
-// does not wait for a disk.
+// does not wait for a disk. But a peer's new key comes first: of the one before nothing
+// is left in the kernel, and a helper that is killed in between must not go back to it.
 func (l *Loop) save(ctx context.Context) {
-	if l.known.Equal(l.saved) {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	if err := store.SaveKnown(ctx, l.config.StateDir, l.saved, l.known); err != nil {
+	if err := l.saved.Save(ctx, l.known); err != nil {
 		l.Log.Error("cannot save what is known of the mesh; after a reboot this node would need the registry", "error", err)
-		return
 	}
-	l.saved = l.known.Clone()
+	l.saveFirst = false
 }

@@ -3,12 +3,15 @@ package reconcile_test
 import (
 	"errors"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/kernel"
+	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/store"
@@ -49,6 +52,67 @@ func TestRegistryAwayAtStart(t *testing.T) {
 	n.announced("this node", anyRecord)
 	n.holds("peer b", "peer c endpoint 192.0.2.3:51820")
 	eventually(t, "the report", func() bool { return n.report().RegistryError == "" })
+}
+
+// What the kernel is to have of a peer's new key is on the disk before, by a helper that
+// has just begun as well.
+func TestNewKeyIsSavedFirst(t *testing.T) {
+	for _, restarted := range []bool{false, true} {
+		rekeyed := record("b")
+		rekeyed.Revision, rekeyed.PublicKey = 12, wgtypes.Key{5}
+		n := newNode(t, record("b"))
+		n.joins()
+		if restarted {
+			n.stop()
+		}
+		applied := make(chan wgtypes.Key, 1)
+		n.kernel.set(func(k *fakeKernel) {
+			k.onApply = func([]mesh.Op) error {
+				select {
+				case applied <- n.savedRecord("b").PublicKey:
+				default:
+				}
+				return nil
+			}
+		})
+		n.registry.put(rekeyed)
+		if restarted {
+			n.start()
+		}
+		n.holds("peer e endpoint 192.0.2.2:51820")
+		if got := <-applied; got != rekeyed.PublicKey {
+			t.Errorf("restarted %v: when the kernel was changed the disk had %v, want %v", restarted, got, rekeyed.PublicKey)
+		}
+	}
+}
+
+// A helper that was killed before it had written what the kernel holds does not take
+// the kernel back: a peer's new key would be replaced by the one before, and traffic
+// lost until the registry is heard.
+func TestRestartWithAnOlderMeshOnDisk(t *testing.T) {
+	older, rekeyed := record("b"), record("b")
+	rekeyed.Revision, rekeyed.PublicKey = 12, wgtypes.Key{5}
+	n := newNode(t, older)
+	n.joins()
+	n.stop()
+	disk := n.saved()
+	n.registry.put(rekeyed)
+	n.start()
+	n.holds("peer e endpoint 192.0.2.2:51820")
+	n.stop()
+	before := len(n.kernel.calls())
+	if err := os.Remove(store.KnownPath(n.config.StateDir)); err != nil {
+		t.Fatal(err)
+	}
+	n.knowing(disk)
+	slow := make(chan struct{})
+	n.registry.set(func(r *fakeRegistry) { r.silent = slow })
+	n.start()
+	time.AfterFunc(100*time.Millisecond, func() { close(slow) })
+	eventually(t, "the pass after the first word", func() bool { return n.savedRecord("b").PublicKey == rekeyed.PublicKey })
+	for _, ops := range n.kernel.calls()[before:] {
+		t.Errorf("applied\n%s", mesh.Text(ops))
+	}
 }
 
 // No peer is removed because the registry forgets it, and what it forgets of us it is told again.

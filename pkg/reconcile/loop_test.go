@@ -3,9 +3,11 @@ package reconcile_test
 import (
 	"errors"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -130,6 +132,32 @@ func TestLoopFollowsUnderlay(t *testing.T) {
 	n.holds("mtu 8941")
 }
 
+// One family's default route goes a moment before the other's, or goes and comes: peers
+// that were told of it called the other address, and went back and forth.
+func TestFadingUnderlayIsBelievedLater(t *testing.T) {
+	n := newNode(t)
+	n.resync = shortResync
+	var clock atomic.Int64
+	n.now = func() time.Time { return time.Now().Add(time.Duration(clock.Load())) }
+	n.kernel.set(func(k *fakeKernel) { k.underlay = underlay("192.0.2.1", "2001:db8:1::1") })
+	n.joins()
+	look := func(u kernel.Underlay) {
+		t.Helper()
+		n.kernel.set(func(k *fakeKernel) { k.underlay = u })
+		n.quiet()
+	}
+	published := len(n.registry.publications())
+	for _, u := range []kernel.Underlay{underlay("2001:db8:1::1"), {}, underlay("192.0.2.1"), underlay("192.0.2.1", "2001:db8:1::1")} {
+		look(u)
+	}
+	if got := n.registry.publications()[published:]; len(got) != 0 {
+		t.Errorf("published %v, while addresses were away for a moment", got)
+	}
+	look(underlay("2001:db8:1::1"))
+	clock.Add(int64(2 * time.Second))
+	n.announced("one family alone", func(r registry.Record) bool { return slices.Equal(r.Endpoints, []string{"[2001:db8:1::1]:51820"}) })
+}
+
 // flannel writes its subnet file when it starts, perhaps after us.
 func TestLoopFollowsConfiguration(t *testing.T) {
 	n := newNode(t)
@@ -139,6 +167,28 @@ func TestLoopFollowsConfiguration(t *testing.T) {
 	n.configure(func(c *config.Config) { c.PodCIDRs = prefixes("10.244.1.0/24"); c.RunDir = "/nowhere" })
 	n.announced("the range", func(r registry.Record) bool { return len(r.Prefixes) == 1 })
 	n.holds("nft set local 10.244.1.0/24", "ip address 10.244.1.0/32 dev wgcni0")
+}
+
+// While the conflist of the node's network is damaged, the next one by name, of another
+// network, does not take its place: the others would lose the way to this node's pods.
+func TestDamagedConflistIsNotTheNextOne(t *testing.T) {
+	n := newNode(t)
+	n.resync = shortResync
+	n.joins()
+	own := n.config
+	n.configure(func(c *config.Config) {
+		c.Name, c.PodCIDRs, c.PassedOver = "others", nil, "/etc/cni/net.d/10-pods.conflist"
+	})
+	eventually(t, "a warning", func() bool { return n.log.count("configuration cannot be read") > 0 })
+	n.quiet()
+	if got := n.log.count("configuration cannot be read"); got != 1 {
+		t.Errorf("warned %d times", got)
+	}
+	if r, _ := n.registry.own(); len(r.Prefixes) != 1 {
+		t.Errorf("announces %v, want %v", r.Prefixes, own.PodCIDRs)
+	}
+	n.configure(func(c *config.Config) { *c = own; c.PodCIDRs = prefixes("10.244.1.0/25") })
+	n.announced("what it says when it is mended", func(r registry.Record) bool { return r.Prefixes[0].Prefix.Bits() == 25 })
 }
 
 func TestLoopResolvesNames(t *testing.T) {
@@ -211,6 +261,33 @@ func TestLoopIsQuiet(t *testing.T) {
 	}
 }
 
+// What a node knows is there for its next boot, whatever becomes of the file
+// meanwhile. `wgcnid sync` would go by an empty one, too.
+func TestLoopSavesAgain(t *testing.T) {
+	n := newNode(t, record("b"))
+	n.resync = shortResync
+	n.joins()
+	n.holds("peer b endpoint 192.0.2.2:51820")
+	path := store.KnownPath(n.config.StateDir)
+	for name, damage := range map[string]func() error{
+		"deleted":   func() error { return os.Remove(path) },
+		"emptied":   func() error { return os.Truncate(path, 0) },
+		"truncated": func() error { return os.Truncate(path, 100) },
+		"garbage":   func() error { return os.WriteFile(path, make([]byte, 9000), 0o600) },
+	} {
+		if err := damage(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the records to be on the disk again, after the file was "+name, func() bool {
+			known, _, err := store.LoadKnown(t.Context(), n.config.StateDir)
+			_, b := known.Records.Nodes["b"]
+			_, a := known.Records.Nodes["a"]
+			return err == nil && a && b
+		})
+		n.quiet()
+	}
+}
+
 func TestLoopEnds(t *testing.T) {
 	before := runtime.NumGoroutine()
 	n := newNode(t, record("b"))
@@ -245,31 +322,26 @@ func TestLoopCannotBegin(t *testing.T) {
 	if err := loop.Run(t.Context()); !errors.Is(err, broken) {
 		t.Errorf("Run: %v, want %v", err, broken)
 	}
-	if _, err := loop.Once(t.Context(), true); !errors.Is(err, broken) {
+	if _, err := loop.Once(t.Context()); !errors.Is(err, broken) {
 		t.Errorf("Once: %v, want %v", err, broken)
 	}
 }
 
 func TestOnce(t *testing.T) {
-	for _, publish := range []bool{true, false} {
-		n := newNode(t, record("b"))
-		o, err := n.loop().Once(t.Context(), publish)
-		if err != nil || len(o.Ops) == 0 {
-			t.Fatalf("publish %v: %d ops, error %v", publish, len(o.Ops), err)
-		}
-		if _, there := n.registry.own(); there != publish {
-			t.Errorf("publish %v: in the registry %v", publish, there)
-		}
-		if peer := strings.Contains(n.kernel.String(), "peer b"); peer != publish {
-			t.Errorf("publish %v: has a peer from the registry: %v", publish, peer)
-		}
-		if o, err = n.loop().Once(t.Context(), publish); err != nil || len(o.Ops) != 0 {
-			t.Errorf("publish %v, again: error %v, ops\n%s", publish, err, mesh.Text(o.Ops))
-		}
+	n := newNode(t, record("b"))
+	o, err := n.loop().Once(t.Context())
+	if err != nil || len(o.Ops) == 0 {
+		t.Fatalf("%d ops, error %v", len(o.Ops), err)
 	}
-	n := newNode(t)
+	if _, there := n.registry.own(); !there || !strings.Contains(n.kernel.String(), "peer b") {
+		t.Errorf("in the registry: %v; the kernel has\n%s", there, n.kernel)
+	}
+	if o, err = n.loop().Once(t.Context()); err != nil || len(o.Ops) != 0 {
+		t.Errorf("again: error %v, ops\n%s", err, mesh.Text(o.Ops))
+	}
+	n = newNode(t)
 	n.registry.away = errAway
-	o, err := n.loop().Once(t.Context(), true)
+	o, err = n.loop().Once(t.Context())
 	if !errors.Is(err, errAway) || len(o.Ops) == 0 {
 		t.Errorf("without a registry: %d ops, error %v; want the kernel's part done and %v", len(o.Ops), err, errAway)
 	}
@@ -315,6 +387,7 @@ func TestDefaultRouteFlaps(t *testing.T) {
 // A gateway that is not heard is accused in this node's record and in its plan,
 // and that survives a restart of the helper; see TestLiveness for the timing.
 func TestLoopAccusesASilentGateway(t *testing.T) {
+	t.Parallel() // it waits
 	b := record("b")
 	b.Role = mesh.RoleGateway
 	n := newNode(t, b, record("c"))
@@ -354,6 +427,7 @@ func TestLoopAccusesASilentGateway(t *testing.T) {
 
 // A gateway that has lost its own network accuses nobody.
 func TestLoopCutOffAccusesNobody(t *testing.T) {
+	t.Parallel() // it waits
 	b := record("b")
 	b.Role = mesh.RoleGateway
 	n := newNode(t, b)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/kernel"
@@ -44,34 +45,53 @@ func Underlay(k UnderlayKernel, c config.Config) (kernel.Underlay, error) {
 // FindMTU is the tunnel's MTU, in bytes: by the underlay, and by the families of
 // all endpoints there are. It does not go below what the cluster's families need.
 func FindMTU(c config.Config, u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
-	return max(room(u, self, records), mesh.LeastMTU(c.Bounds().All()))
+	return findMTU(c, u, anyWide(self, records))
+}
+
+func findMTU(c config.Config, u kernel.Underlay, wide bool) int {
+	return max(room(u, wide), mesh.LeastMTU(c.Bounds().All()))
 }
 
 // room is what fits into the underlay's packets. Without an underlay it is what
-// Ethernet allows. It goes by all records, so that every node comes to the same
-// overhead; a name may turn out to be an IPv6 address.
-func room(u kernel.Underlay, self registry.Record, records registry.Snapshot) int {
-	var all []netip.AddrPort // in whatever order
-	look := func(r registry.Record) {
-		for _, e := range r.Endpoints {
-			a, err := netip.ParseAddrPort(e)
-			if err != nil {
-				a = netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
-			}
-			all = append(all, a)
+// Ethernet allows.
+func room(u kernel.Underlay, wide bool) int {
+	var endpoints []netip.AddrPort
+	if wide {
+		endpoints = append(endpoints, netip.AddrPortFrom(netip.IPv6Unspecified(), 0))
+	}
+	return mesh.Room(cmp.Or(u.MTU, 1500), endpoints)
+}
+
+// anyWide goes by all records, so that every node comes to the same overhead.
+func anyWide(self registry.Record, records registry.Snapshot) bool {
+	if wide(self) {
+		return true
+	}
+	for _, r := range records.Nodes {
+		if wide(*r) {
+			return true
 		}
 	}
-	look(self)
-	for _, r := range records.Nodes {
-		look(*r)
-	}
-	return mesh.Room(cmp.Or(u.MTU, 1500), all)
+	return false
+}
+
+// wide reports whether an endpoint of a machine is an IPv6 address, as a name may
+// turn out to be.
+func wide(r registry.Record) bool {
+	return slices.ContainsFunc(r.Endpoints, func(e string) bool {
+		a, err := netip.ParseAddrPort(e)
+		return err != nil || !a.Addr().Unmap().Is4()
+	})
 }
 
 // FragmentsNote says why full-size packets leave this node in fragments, and what
 // can be done about it; "" if they do not.
 func FragmentsNote(c config.Config, u kernel.Underlay, known store.Known) string {
-	fits, mtu := room(u, known.Self, known.Records), mtuOf(c, known)
+	return fragmentsNote(c, u, mtuOf(c, known), anyWide(known.Self, known.Records))
+}
+
+func fragmentsNote(c config.Config, u kernel.Underlay, mtu int, wide bool) string {
+	fits := room(u, wide)
 	if u.MTU == 0 || mtu <= fits {
 		return ""
 	}

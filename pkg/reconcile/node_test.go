@@ -1,6 +1,7 @@
 package reconcile_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 	"github.com/wgcni/wgcni/pkg/registry"
@@ -28,7 +30,8 @@ type testNode struct {
 	names    *nameServer
 	log      *logLines
 	key      wgtypes.Key
-	resync   time.Duration // 0: the default
+	keys     identity.Keys // optional: with a next one
+	resync   time.Duration // 0: so rarely that no test sees one
 	now      func() time.Time
 
 	mu        sync.Mutex
@@ -51,13 +54,17 @@ func newNode(t *testing.T, records ...registry.Record) *testNode {
 }
 
 func (n *testNode) loop() *reconcile.Loop {
+	keys := n.keys
+	if keys.Current == (wgtypes.Key{}) {
+		keys.Current = n.key
+	}
 	return &reconcile.Loop{
 		Load: func() (config.Config, error) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
 			return n.config, nil
 		},
-		Key: n.key, Kernel: n.kernel, Registry: n.registry, Now: n.now, Log: n.log.logger(), Resync: n.resync,
+		Keys: keys, Kernel: n.kernel, Registry: n.registry, Now: n.now, Log: n.log.logger(), Resync: cmp.Or(n.resync, time.Minute),
 		Resolver: &reconcile.Resolver{Lookup: n.names.lookup},
 		Adopt: func(config.Config) ([]store.Attachment, error) {
 			n.mu.Lock()

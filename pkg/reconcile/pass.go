@@ -32,33 +32,48 @@ var _ Kernel = (*kernel.Kernel)(nil)
 
 // Facts joins what the configuration, the key, the mesh and the pods say.
 func Facts(c config.Config, key wgtypes.Key, pairs *identity.Pairs, known store.Known, pods []netip.Addr) mesh.Facts {
-	f := mesh.Facts{Settings: c.Settings, LocalPods: pods, Revoked: map[wgtypes.Key]string{}}
-	f.MTU = mtuOf(c, known)
-	f.Self = node(known.Self, known.Endpoints)
-	f.Self.Name, f.Self.PublicKey, f.Self.Endpoint = c.NodeName, key, ownEndpoint(known.Self)
-	published, there := known.Records.Record(c.NodeName)
-	f.Self.CallsOnly = c.CallsOnly || there && !published.Left && len(published.Endpoints) == 0
-	f.Self.Hosts = publishedHosts(c, known)
-	// The secret that the others see our record sealed with, not the one that the
-	// next record will have: both ends of a tunnel choose its key by the same two.
-	own := pairs.Current()
-	if there && !published.Left {
-		own = published.Seal.Secret
-	}
+	f := ownFacts(c, key, known, pods)
+	f.Revoked = map[wgtypes.Key]string{}
+	own := sealedBy(c, pairs, known)
 	for _, r := range known.Records.Nodes {
 		if revoked, ok := r.Revoked(); ok && (f.Revoked[revoked] == "" || r.Name < f.Revoked[revoked]) {
 			f.Revoked[revoked] = r.Name
 		}
-		if r.Left || r.Name == c.NodeName {
-			continue
+		if !r.Left && r.Name != c.NodeName {
+			f.Nodes = append(f.Nodes, peerNode(*r, known.Endpoints[r.Name], pairs, own))
 		}
-		n := node(*r, known.Endpoints)
-		if psk, ok := pairs.PresharedKey(own, r.Seal.Secret, r.PublicKey); ok {
-			n.PresharedKey = mesh.FingerprintOf(psk)
-		}
-		f.Nodes = append(f.Nodes, n)
 	}
 	return f
+}
+
+// ownFacts are those of this node alone.
+func ownFacts(c config.Config, key wgtypes.Key, known store.Known, pods []netip.Addr) mesh.Facts {
+	f := mesh.Facts{Settings: c.Settings, LocalPods: pods}
+	f.MTU = mtuOf(c, known)
+	f.Self = node(known.Self, netip.AddrPort{})
+	f.Self.Name, f.Self.PublicKey, f.Self.Endpoint = c.NodeName, key, ownEndpoint(known.Self)
+	published, there := known.Records.Record(c.NodeName)
+	f.Self.CallsOnly = c.CallsOnly || there && !published.Left && len(published.Endpoints) == 0
+	f.Self.Hosts = publishedHosts(c, known)
+	return f
+}
+
+// sealedBy names the secret that the others see our record sealed with, not the one
+// that the next record will have: both ends of a tunnel choose its key by the same two.
+func sealedBy(c config.Config, pairs *identity.Pairs, known store.Known) identity.SecretID {
+	if published, there := known.Records.Record(c.NodeName); there && !published.Left {
+		return published.Seal.Secret
+	}
+	return pairs.Current()
+}
+
+// peerNode is another machine, with the key of the tunnel to it.
+func peerNode(r registry.Record, endpoint netip.AddrPort, pairs *identity.Pairs, own identity.SecretID) mesh.Node {
+	n := node(r, endpoint)
+	if psk, ok := pairs.PresharedKey(own, r.Seal.Secret, r.PublicKey); ok {
+		n.PresharedKey = mesh.FingerprintOf(psk)
+	}
+	return n
 }
 
 // ownEndpoint is the one that the others take, but for those who cannot use its
@@ -90,15 +105,15 @@ func Machines(c config.Config, records registry.Snapshot) ([]mesh.Node, mesh.Own
 			revoked[key] = r.Name
 		}
 		if !r.Left {
-			nodes = append(nodes, node(r, map[string]netip.AddrPort{r.Name: ownEndpoint(r)}))
+			nodes = append(nodes, node(r, ownEndpoint(r)))
 		}
 	}
 	return nodes, mesh.Owners(nodes, c.Bounds(), revoked)
 }
 
-func node(r registry.Record, endpoints map[string]netip.AddrPort) mesh.Node {
+func node(r registry.Record, endpoint netip.AddrPort) mesh.Node {
 	return mesh.Node{
-		Name: r.Name, PublicKey: r.PublicKey, Endpoint: endpoints[r.Name], CallsOnly: len(r.Endpoints) == 0,
+		Name: r.Name, PublicKey: r.PublicKey, Endpoint: endpoint, CallsOnly: len(r.Endpoints) == 0,
 		Prefixes: r.Prefixes, Pods: r.Pods, Hosts: r.Hosts, Addresses: r.Addresses, Since: r.Since,
 		Location: r.Location, Role: r.Role, Segments: r.Segments, CalledInside: r.CalledInside, Silent: r.Silent, Via: r.Via, Masqueraded: r.Masqueraded,
 	}
@@ -124,8 +139,12 @@ type Pass struct {
 	// Pairs derive the tunnels' preshared keys; nil for a mesh without a secret.
 	Pairs   *identity.Pairs
 	Context mesh.Context
+	// Rotation is taken from the kernel as it is where it is nil.
+	Rotation *Rotation
 	// Observed is used instead of asking the kernel. Optional.
 	Observed *mesh.State
+
+	planner *planner // of a Loop, whose passes have much in common; nil: none
 }
 
 // Outcome is what a Pass did.
@@ -134,6 +153,7 @@ type Outcome struct {
 	Plan     mesh.Plan
 	Ops      []mesh.Op // empty: the kernel held the plan already
 	Pods     []store.Attachment
+	Complete bool           // the store has all pods, as far as is known
 	Damaged  *store.Damaged // the store, if it had to be replaced
 
 	// Fitted are the pods whose links were given the tunnel's MTU. LinksError says
@@ -173,18 +193,58 @@ func (p Pass) plan(o *Outcome, st *store.Attachments) error {
 	if err != nil {
 		return fmt.Errorf("read %s: %w", store.AttachmentsPath(p.Config.RunDir), err)
 	}
-	o.Pods, o.Damaged = pods, st.Damaged()
+	o.Pods, o.Complete, o.Damaged = pods, complete, st.Damaged()
 	addrs := store.Addresses(pods)
 	if !complete {
 		addrs = append(addrs, o.Observed.Filter.Pods...)
 	}
 	begun := time.Now()
-	facts := Facts(p.Config, p.Key, p.Pairs, p.Known, addrs)
-	facts.Now = p.Context.Now
-	o.Plan = mesh.NewPlan(facts)
+	o.Plan = p.newPlan(o.Observed, addrs)
 	o.Ops = mesh.Diff(o.Observed, o.Plan.State, p.Context)
 	o.Took.Plan += time.Since(begun)
 	return nil
+}
+
+func (p Pass) newPlan(observed mesh.State, pods []netip.Addr) mesh.Plan {
+	rotation := RotationOf(observed, p.Known)
+	if p.Rotation != nil {
+		rotation = *p.Rotation
+	}
+	if p.planner != nil {
+		return p.planner.update(p, rotation, pods)
+	}
+	facts := Facts(p.Config, p.Key, p.Pairs, p.Known, pods)
+	facts.Now = p.Context.Now
+	if rotation.enter(&facts, p.Config) {
+		for i := range facts.Nodes {
+			rotation.cross(&facts.Nodes[i], p)
+		}
+	}
+	return mesh.NewPlan(facts)
+}
+
+// planner plans for a Loop: as often as not nothing has changed since the last pass,
+// and next to nothing nearly always.
+type planner struct {
+	members members
+	mesh.Planner
+}
+
+// update is newPlan. The members are those that p knows of.
+func (l *planner) update(p Pass, rotation Rotation, pods []netip.Addr) mesh.Plan {
+	facts := ownFacts(p.Config, p.Key, p.Known, pods)
+	facts.Now, facts.Revoked = p.Context.Now, l.members.revoked
+	nodes := l.members.asNodes(p.Pairs, sealedBy(p.Config, p.Pairs, p.Known))
+	if rotation.enter(&facts, p.Config) {
+		nodes = slices.Clone(nodes)
+		for i := range nodes {
+			n := *nodes[i]
+			if rotation.cross(&n, p) {
+				nodes[i] = &n
+			}
+		}
+	}
+	return l.Update(facts, nodes)
 }
 
 // Run makes the kernel hold the plan. What concerns this node's own pods is

@@ -11,7 +11,8 @@ type Passed struct {
 	Report Report
 	// Peers are as planned, by public key. They are the loop's own: not to be changed.
 	Peers []mesh.Peer
-	Pods  int // attached to this node; 0 where the pass failed before it had read them
+	Spare []mesh.Peer // the same, of the spare interface
+	Pods  int         // attached to this node; 0 where the pass failed before it had read them
 	// Repairs is how many ops put back what somebody had changed: no fact had asked
 	// for them since the pass before.
 	Repairs int

@@ -45,24 +45,28 @@ func (l *Loop) sweep(ctx context.Context) {
 // adoptIfNew adopts where the store is new: after a boot, and when a damaged one
 // was replaced, by whomever.
 func (l *Loop) adoptIfNew(ctx context.Context) {
-	complete := true
 	err := withStore(ctx, l.config.RunDir, func(st *store.Attachments) (err error) {
-		complete, err = st.Complete()
+		l.complete, err = st.Complete()
 		if d := st.Damaged(); d != nil {
-			l.Log.Warn(d.Error(), "mend", "nothing to do: it is filled again from the runtime's cached results")
+			l.logDamaged(d)
 		}
 		return err
 	})
-	if err != nil {
+	switch {
+	case err != nil:
 		l.Log.Warn("cannot read the store", "error", err)
-	}
-	if !complete {
-		l.adopt(ctx)
+	case !l.complete:
+		l.complete = l.adopt(ctx)
 	}
 }
 
-// adopt takes in the pods that the runtime knows and the store does not.
-func (l *Loop) adopt(ctx context.Context) {
+func (l *Loop) logDamaged(d *store.Damaged) {
+	l.Log.Warn(d.Error(), "mend", "nothing to do: it is filled again from the runtime's cached results")
+}
+
+// adopt takes in the pods that the runtime knows and the store does not, and reports
+// whether the store is complete now.
+func (l *Loop) adopt(ctx context.Context) bool {
 	var found []store.Attachment
 	var err error
 	if l.Adopt != nil {
@@ -93,6 +97,7 @@ func (l *Loop) adopt(ctx context.Context) {
 	if err != nil {
 		l.Log.Warn("cannot adopt pods", "error", err)
 	}
+	return err == nil
 }
 
 // podsChanged reports whether the store holds other pods than the last pass

@@ -29,6 +29,28 @@ type Report struct {
 	Rival        bool              `json:"rival,omitempty"`     // another node uses our name
 	Forgotten    bool              `json:"forgotten,omitempty"` // the mesh has revoked our key
 	Unreached    []Unreached       `json:"unreached,omitempty"` // nodes to which node traffic cannot be delivered
+	// Rotation is that of this node's key, while one is going on.
+	Rotation *RotationReport `json:"rotation,omitempty"`
+}
+
+// RotationReport is how far the rotation of this node's key has come.
+type RotationReport struct {
+	Stage mesh.Stage `json:"stage"`
+	Since time.Time  `json:"since"` // when the stage began, or the helper, if that was later
+	Pairs int        `json:"pairs"` // the tunnels that have to change planes
+	Moved int        `json:"moved"` // those of them that have
+	// Waiting are those that have not, and why.
+	Waiting []RotationWait `json:"waiting,omitempty"`
+}
+
+func (r RotationReport) equal(o RotationReport) bool {
+	return r.Stage == o.Stage && r.Since.Equal(o.Since) && r.Pairs == o.Pairs && r.Moved == o.Moved && slices.Equal(r.Waiting, o.Waiting)
+}
+
+// RotationWait is a node that a rotation waits for.
+type RotationWait struct {
+	Node string `json:"node"`
+	Why  string `json:"why"`
 }
 
 // Refusal is a record of the registry that does not count.
@@ -139,6 +161,10 @@ func (l *Loop) report(o Outcome, err error, mended int) {
 	if l.away != nil {
 		r.RegistryError, r.RegistrySince = l.away.Error(), l.awaySince
 	}
+	if l.Keys.Stage != mesh.Resting {
+		turning := l.turning
+		r.Rotation = &turning
+	}
 	if l.unpublished != "" {
 		r.PublishError, r.PublishSince = l.unpublished, l.unpublishedSince
 	}
@@ -148,7 +174,7 @@ func (l *Loop) report(o Outcome, err error, mended int) {
 	if l.Passed != nil {
 		p := Passed{Report: r, Pods: len(o.Pods), Repairs: mended, Took: o.Took}
 		if l.planned != nil {
-			p.Peers = l.planned.Peers
+			p.Peers, p.Spare = l.planned.Peers, l.planned.Spare.Peers
 		}
 		l.Passed(p)
 	}

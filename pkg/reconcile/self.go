@@ -138,9 +138,10 @@ type Resolver struct {
 }
 
 type lookup struct {
-	addrs []netip.Addr
-	at    time.Time
-	busy  bool
+	addrs  []netip.Addr
+	at     time.Time
+	busy   bool
+	failed bool // the last time
 }
 
 // lookupTTL is how long an answer is used before the name is looked up again.
@@ -192,11 +193,18 @@ func (r *Resolver) addresses(ctx context.Context, host string, now time.Time) []
 		l = &lookup{}
 		r.names[host] = l
 	}
-	if !l.busy && (l.at.IsZero() || now.Sub(l.at) > lookupTTL) {
+	if l.at.IsZero() || now.Sub(l.at) > lookupTTL {
+		r.begin(ctx, host, l, now)
+	}
+	return l.addrs
+}
+
+// begin looks a name up, unless that is being done. The lock is held.
+func (r *Resolver) begin(ctx context.Context, host string, l *lookup, now time.Time) {
+	if !l.busy {
 		l.busy, l.at = true, now
 		go r.resolve(ctx, host, l)
 	}
-	return l.addrs
 }
 
 func (r *Resolver) resolve(ctx context.Context, host string, l *lookup) {
@@ -208,8 +216,8 @@ func (r *Resolver) resolve(ctx context.Context, host string, l *lookup) {
 	}
 	slices.SortFunc(found, netip.Addr.Compare)
 	r.mu.Lock()
-	l.busy = false
-	changed := err == nil && len(found) > 0 && !slices.Equal(found, l.addrs)
+	l.busy, l.failed = false, err != nil || len(found) == 0
+	changed := !l.failed && !slices.Equal(found, l.addrs)
 	if changed {
 		l.addrs = found
 	}

@@ -199,6 +199,16 @@ func (k *fakeKernel) Handshakes() (map[wgtypes.Key]kernel.Handshake, error) {
 	return out, err
 }
 
+// HandshakesOn the spare plane are none: the tests of rotations have nodes of their own.
+func (k *fakeKernel) HandshakesOn(p mesh.Plane) (map[wgtypes.Key]kernel.Handshake, error) {
+	if p == mesh.Spare {
+		return nil, nil
+	}
+	return k.Handshakes()
+}
+
+func (k *fakeKernel) Wave(netip.Addr, netip.Addr) error { return nil }
+
 func (k *fakeKernel) Uplink() (bool, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -249,6 +259,7 @@ type fakeRegistry struct {
 	away      error             // of reading and of publishing
 	published []registry.Record
 	changed   chan struct{} // closed and replaced at every change
+	silent    chan struct{} // watches tell nothing before it is closed; optional
 	// onPublish, if set, is called before a record is taken; its error is Publish's.
 	onPublish func(registry.Record) error
 }
@@ -365,6 +376,16 @@ func (s fakeStore) Watch(ctx context.Context) <-chan registry.Change {
 	out := make(chan registry.Change)
 	go func() {
 		defer close(out)
+		s.r.mu.Lock()
+		silent := s.r.silent
+		s.r.mu.Unlock()
+		if silent != nil {
+			select {
+			case <-silent:
+			case <-ctx.Done():
+				return
+			}
+		}
 		for {
 			c, changed := s.state()
 			select {

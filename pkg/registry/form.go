@@ -45,10 +45,22 @@ type laterJSON struct {
 	Silent       []mesh.Silence `json:"silent,omitempty"`
 	Via          []string       `json:"via,omitempty"`
 	Masqueraded  bool           `json:"masqueraded,omitempty"`
+	Next         string         `json:"next,omitempty"`
+	SparePort    uint16         `json:"sparePort,omitempty"`
+	Stage        mesh.Stage     `json:"rotation,omitempty"`
+	KeySince     time.Time      `json:"keySince,omitzero"`
+	RotateAll    time.Time      `json:"rotateAll,omitzero"`
 }
 
 func (r Record) later() laterJSON {
-	return laterJSON{r.Hosts, r.Location, r.Role, r.Segments, r.CalledInside, r.Silent, r.Via, r.Masqueraded}
+	j := laterJSON{
+		Hosts: r.Hosts, Location: r.Location, Role: r.Role, Segments: r.Segments, CalledInside: r.CalledInside, Silent: r.Silent, Via: r.Via, Masqueraded: r.Masqueraded,
+		SparePort: r.SparePort, Stage: r.Stage, KeySince: r.KeySince, RotateAll: r.RotateAll,
+	}
+	if r.Next != (wgtypes.Key{}) {
+		j.Next = r.Next.String()
+	}
+	return j
 }
 
 // knownKeys are those of recordJSON.
@@ -144,20 +156,35 @@ func (r *Record) UnmarshalJSON(data []byte) error {
 	out := Record{
 		Name: j.Name, Endpoints: j.Endpoints, Prefixes: j.Prefixes, Pods: j.Pods, Hosts: j.Hosts, Addresses: j.Addresses,
 		Since: j.Since, Revision: j.Revision, Left: j.Left, Seal: j.Seal,
-		Place: Place{j.Location, j.Role, j.Segments, j.CalledInside, j.Silent, j.Via, j.Masqueraded},
+		Place:    Place{j.Location, j.Role, j.Segments, j.CalledInside, j.Silent, j.Via, j.Masqueraded},
+		Rotation: Rotation{SparePort: j.SparePort, Stage: j.Stage, KeySince: j.KeySince, RotateAll: j.RotateAll},
 	}
 	if out.Extra, err = extraFields(data); err != nil {
 		return err
 	}
-	if j.PublicKey != "" {
-		key, err := wgtypes.ParseKey(j.PublicKey)
-		if err != nil {
-			return errors.New("publicKey: want 32 bytes in base64, as `wg pubkey` prints them")
-		}
-		out.PublicKey = key
+	if out.PublicKey, err = publicKey("publicKey", j.PublicKey); err != nil {
+		return err
+	}
+	if out.Next, err = publicKey("next", j.Next); err != nil {
+		return err
+	}
+	if j.Next != "" && out.Next == (wgtypes.Key{}) {
+		return errors.New("next: want a key, or none")
 	}
 	*r = out.normal()
 	return nil
+}
+
+// publicKey reads a key; the zero key if there is none.
+func publicKey(field, text string) (wgtypes.Key, error) {
+	if text == "" {
+		return wgtypes.Key{}, nil
+	}
+	key, err := wgtypes.ParseKey(text)
+	if err != nil {
+		return key, fmt.Errorf("%s: want 32 bytes in base64, as `wg pubkey` prints them", field)
+	}
+	return key, nil
 }
 
 // extraFields returns what a record has besides the known fields, in the one

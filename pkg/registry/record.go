@@ -57,6 +57,8 @@ type Record struct {
 	// Place has what later versions of this code have added. In the stored form its
 	// fields stand among the Extra, as Hosts does.
 	Place
+	// Rotation stands there too.
+	Rotation
 	// Revision grows with every change and never goes back; see NextRevision.
 	Revision uint64
 	// Left makes the record a tombstone: the node has left or was forgotten. Only
@@ -80,6 +82,19 @@ type Place struct {
 	Silent       []mesh.Silence
 	Via          []string
 	Masqueraded  bool
+}
+
+// Rotation is how a machine replaces its key; see mesh.Plane. A record of a version
+// that does not is without all of it.
+type Rotation struct {
+	// Next is the key of its spare interface: the one that it changes to at the next
+	// rotation, while Stage is mesh.Back the one that it has changed to.
+	Next      wgtypes.Key
+	SparePort uint16 // UDP, where the spare interface listens
+	Stage     mesh.Stage
+	KeySince  time.Time // when PublicKey came into use
+	// RotateAll is an order to all machines: those whose key is older are to rotate it.
+	RotateAll time.Time
 }
 
 // recordVersion is the latest that this code reads. A record without a version
@@ -110,7 +125,7 @@ func (r Record) normal() Record {
 	for i := range r.Silent {
 		r.Silent[i].Since = mesh.ClaimTime(r.Silent[i].Since)
 	}
-	r.Since = mesh.ClaimTime(r.Since)
+	r.Since, r.KeySince, r.RotateAll = mesh.ClaimTime(r.Since), mesh.ClaimTime(r.KeySince), mesh.ClaimTime(r.RotateAll)
 	return r
 }
 
@@ -135,7 +150,7 @@ func (r Record) Equal(o Record) bool {
 		mesh.ClaimTime(r.Since).Equal(mesh.ClaimTime(o.Since)) &&
 		slices.Equal(r.Endpoints, o.Endpoints) && slices.Equal(r.Addresses, o.Addresses) &&
 		slices.EqualFunc(r.Prefixes, o.Prefixes, sameClaim) && slices.EqualFunc(r.Pods, o.Pods, sameClaim) &&
-		slices.EqualFunc(r.Hosts, o.Hosts, sameClaim) && r.samePlace(o.Place) &&
+		slices.EqualFunc(r.Hosts, o.Hosts, sameClaim) && r.samePlace(o.Place) && r.sameRotation(o.Rotation) &&
 		maps.EqualFunc(r.Extra, o.Extra, func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) && r.Seal == o.Seal
 }
 
@@ -147,11 +162,24 @@ func (p Place) samePlace(o Place) bool {
 		})
 }
 
+func (r Rotation) sameRotation(o Rotation) bool {
+	return r.Next == o.Next && r.SparePort == o.SparePort && r.Stage == o.Stage &&
+		mesh.ClaimTime(r.KeySince).Equal(mesh.ClaimTime(o.KeySince)) && mesh.ClaimTime(r.RotateAll).Equal(mesh.ClaimTime(o.RotateAll))
+}
+
 // SameContent reports whether both records say the same: all but the revision,
 // and the part of the seal that depends on it, is equal.
 func (r Record) SameContent(o Record) bool {
 	r.Revision, r.Seal.MAC = o.Revision, o.Seal.MAC
 	return r.Equal(o)
+}
+
+// SpareKey is that of the machine's spare interface; zero if it has none.
+func (r Record) SpareKey() wgtypes.Key {
+	if r.Stage == mesh.Back && r.Next == (wgtypes.Key{}) {
+		return r.PublicKey
+	}
+	return r.Next
 }
 
 // Revoked returns the key that a tombstone revokes, if it does.

@@ -206,6 +206,13 @@ func FuzzRecord(f *testing.F) {
 		}
 		f.Add(data)
 	}
+	rotating := registrytest.Record("node-a", 1)
+	rotating.Rotation = rotation
+	data, err := json.Marshal(rotating)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data)
 	f.Add([]byte(`{"name":"a","left":true,"revision":1,"version":1,"seal":"0badcafe:AAAA","x":"<\u2028","y":[1e999, {"z":null}]}`))
 	f.Add([]byte(`{"name":"a","publicKey":"AAAA","since":"9999-12-31T23:59:59-23:59","revision":1e3}`))
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"sync"
 )
 
@@ -149,38 +150,52 @@ func (r *Registry) watch(ctx context.Context, out chan<- Update) {
 // reader remembers what it read, so that of a mesh of thousands only the records
 // that changed are decoded and checked.
 type reader struct {
-	before map[string]decoded
-}
-
-type decoded struct {
-	raw    []byte
-	record *Record
-	err    error
+	before Entries
+	last   Snapshot // of before
 }
 
 func (d *reader) forget() { d.before = nil }
 
 // read lists the records that are valid and trusted, and why the others are not.
 func (d *reader) read(entries Entries, trust Trust) Snapshot {
-	now := make(map[string]decoded, len(entries))
-	s := Snapshot{Nodes: make(map[string]*Record, len(entries))}
+	if d.before == nil {
+		d.before, d.last = make(Entries, len(entries)), Snapshot{}
+	}
+	// What differs is put into copies: a map of thousands is copied in a tenth of
+	// the time in which it is made.
+	s := Snapshot{Nodes: maps.Clone(d.last.Nodes), Invalid: maps.Clone(d.last.Invalid)}
+	if s.Nodes == nil {
+		s.Nodes = make(map[string]*Record, len(entries))
+	}
 	for name, raw := range entries {
-		r, ok := d.before[name]
-		if !ok || !bytes.Equal(r.raw, raw) {
-			r.raw = raw
-			record, err := trust.decode(name, raw)
-			r.record, r.err = &record, err
-		}
-		now[name] = r
-		if r.err == nil {
-			s.Nodes[name] = r.record
+		if was, ok := d.before[name]; ok && bytes.Equal(was, raw) {
 			continue
 		}
-		if s.Invalid == nil {
-			s.Invalid = map[string]error{}
+		record, err := trust.decode(name, raw)
+		d.before[name] = raw
+		delete(s.Nodes, name)
+		delete(s.Invalid, name)
+		switch {
+		case err == nil:
+			s.Nodes[name] = &record
+		case s.Invalid == nil:
+			s.Invalid = map[string]error{name: err}
+		default:
+			s.Invalid[name] = err
 		}
-		s.Invalid[name] = r.err
 	}
-	d.before = now
+	if len(d.before) > len(entries) {
+		for name := range d.before {
+			if _, there := entries[name]; !there {
+				delete(d.before, name)
+				delete(s.Nodes, name)
+				delete(s.Invalid, name)
+			}
+		}
+	}
+	if len(s.Invalid) == 0 {
+		s.Invalid = nil
+	}
+	d.last = s
 	return s
 }

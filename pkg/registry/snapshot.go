@@ -111,10 +111,21 @@ func (s Snapshot) SameRecords(o Snapshot) bool { return maps.EqualFunc(s.Nodes, 
 // Invalid is fresh's; a node whose record has become invalid keeps its last
 // valid one. The stale are sorted by name.
 func Merge(cached, fresh Snapshot) (merged Snapshot, stale []Stale) {
-	merged = Snapshot{Nodes: make(map[string]*Record, max(len(cached.Nodes), len(fresh.Nodes))), Invalid: maps.Clone(fresh.Invalid)}
-	maps.Copy(merged.Nodes, cached.Nodes)
+	merged = Snapshot{Nodes: maps.Clone(cached.Nodes)}
+	_, stale = merged.Take(fresh)
+	return merged, stale
+}
+
+// Take is Merge for a snapshot that nobody else has: s becomes what is merged. The
+// names are those, in no order, whose record in s is another one than before, be it
+// equal; no record is ever lost.
+func (s *Snapshot) Take(fresh Snapshot) (changed []string, stale []Stale) {
+	s.Invalid = maps.Clone(fresh.Invalid)
+	if len(s.Nodes) == 0 {
+		s.Nodes = make(map[string]*Record, len(fresh.Nodes))
+	}
 	for name, offered := range fresh.Nodes {
-		if known, ok := merged.Nodes[name]; ok {
+		if known, ok := s.Nodes[name]; ok {
 			if known == offered {
 				continue
 			}
@@ -122,12 +133,13 @@ func Merge(cached, fresh Snapshot) (merged Snapshot, stale []Stale) {
 			if s := (Stale{}); errors.As(err, &s) {
 				stale = append(stale, s)
 			}
-			if !later {
+			if !later && err != nil {
 				continue
-			}
+			} // else an equal one takes its place, so that the next time it is the same
 		}
-		merged.Nodes[name] = offered
+		s.Nodes[name] = offered
+		changed = append(changed, name)
 	}
 	slices.SortFunc(stale, func(a, b Stale) int { return cmp.Compare(a.Name, b.Name) })
-	return merged, stale
+	return changed, stale
 }

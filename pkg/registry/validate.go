@@ -65,7 +65,39 @@ func (r Record) validFields() error {
 	if err := r.validPlace(); err != nil {
 		return err
 	}
+	if err := r.validRotation(); err != nil {
+		return err
+	}
 	return validClaims("pods", r.Pods)
+}
+
+func (r Record) validRotation() error {
+	if r.Stage != mesh.Resting && r.Stage != mesh.Out && r.Stage != mesh.Back {
+		return fmt.Errorf("rotation: %s: want out, back or none", quote(string(r.Stage)))
+	}
+	none := r.Next == (wgtypes.Key{})
+	switch {
+	case none && r.Stage == mesh.Out:
+		return errors.New("next: none in the middle of a rotation; want the public key that the node changes to")
+	case r.Next == r.PublicKey && r.Stage != mesh.Back:
+		return errors.New("next: the same as publicKey; want another key")
+	case !none && r.SparePort == 0:
+		return errors.New("sparePort: none beside a next key; want 1 to 65535")
+	case none && r.SparePort != 0 && r.Stage != mesh.Back:
+		return fmt.Errorf("sparePort: %d without a next key; want none", r.SparePort)
+	}
+	for _, t := range []struct {
+		field string
+		at    time.Time
+	}{{"keySince", r.KeySince}, {"rotateAll", r.RotateAll}} {
+		if t.at.IsZero() {
+			continue
+		}
+		if err := validTime(t.at); err != nil {
+			return fmt.Errorf("%s: %w", t.field, err)
+		}
+	}
+	return nil
 }
 
 func (p Place) validPlace() error {

@@ -14,6 +14,8 @@ import (
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 // ErrLocked says that another process held the store until the deadline.
@@ -91,13 +93,13 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 		err = f.guarded(func() error {
 			return db.View(func(tx *bolt.Tx) error {
 				for _, name := range l.buckets {
-					b := tx.Bucket(name)
-					if b == nil {
+					switch b := tx.Bucket(name); {
+					case b == nil:
 						missing = true
-						continue
-					}
-					if err := b.ForEach(l.check); err != nil {
-						return err
+					case l.check != nil:
+						if err := b.ForEach(l.check); err != nil {
+							return err
+						}
 					}
 				}
 				return nil
@@ -112,6 +114,9 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 				}
 				return nil
 			})
+			if err == nil { // bbolt syncs the file, and not its name
+				err = durable.SyncFolder(filepath.Dir(f.path))
+			}
 		}
 		if err != nil {
 			err = errors.Join(err, f.closeDB())
@@ -124,7 +129,7 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 type layout struct {
 	buckets [][]byte
 	// check looks at every value when the file is opened, so that damage shows at
-	// once and not in the middle of a verb.
+	// once and not in the middle of a verb. It is nil for a file that was left by us.
 	check func(k, v []byte) error
 }
 

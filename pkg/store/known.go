@@ -3,12 +3,15 @@ package store
 import (
 	"context"
 	"encoding/json"
+	"io/fs"
 	"maps"
 	"net/netip"
+	"os"
 	"path/filepath"
 
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/registry"
 )
 
@@ -43,14 +46,14 @@ var (
 // KnownPath is the file of a state folder.
 func KnownPath(stateDir string) string { return filepath.Join(stateDir, "peers.db") }
 
-func openKnown(ctx context.Context, stateDir string) (*file, error) {
-	return open(ctx, KnownPath(stateDir), layout{buckets: [][]byte{recordsBucket, endpointsBucket, nodeBucket}, check: checkJSON})
+func openKnown(ctx context.Context, stateDir string, check func(k, v []byte) error) (*file, error) {
+	return open(ctx, KnownPath(stateDir), layout{buckets: [][]byte{recordsBucket, endpointsBucket, nodeBucket}, check: check})
 }
 
 // LoadKnown reads what the node knew last. A damaged file yields nothing known,
 // and a *Damaged beside it that tells where the file went.
 func LoadKnown(ctx context.Context, stateDir string) (k Known, damaged *Damaged, err error) {
-	f, err := openKnown(ctx, stateDir)
+	f, err := openKnown(ctx, stateDir, checkJSON)
 	if err != nil {
 		return Known{}, nil, err
 	}
@@ -94,57 +97,163 @@ func LoadKnown(ctx context.Context, stateDir string) (k Known, damaged *Damaged,
 // SaveKnown writes what differs between before, which is what the file holds,
 // and now. The transaction is as large as the change, not as the mesh.
 func SaveKnown(ctx context.Context, stateDir string, before, now Known) error {
-	f, err := openKnown(ctx, stateDir)
+	return NewKnownFile(stateDir, before).Save(ctx, now)
+}
+
+// KnownFile writes what is known to its file, one change after another.
+type KnownFile struct {
+	stateDir string
+	held     Known       // what the file holds
+	info     fs.FileInfo // of the file, as it was left; nil: there was none, or it is not known
+	checked  bool        // all of it is as this process has written it
+}
+
+// NewKnownFile returns the file of a state folder, which holds this.
+func NewKnownFile(stateDir string, held Known) *KnownFile {
+	k := &KnownFile{stateDir: stateDir, held: held.Clone()}
+	if info, err := os.Stat(KnownPath(stateDir)); err == nil {
+		k.info = info
+	}
+	return k
+}
+
+// Save makes the file hold what is known now. All of a file is checked that was
+// changed by anybody else, and all is written again: a damaged one is moved aside, and
+// one that is gone would have a node that boots need the registry.
+func (k *KnownFile) Save(ctx context.Context, now Known) error {
+	info, err := os.Stat(KnownPath(k.stateDir))
+	ours := err == nil && durable.Unchanged(k.info, info)
+	if !ours {
+		k.held = Known{}
+	}
+	changed := now.since(k.held)
+	if changed.empty() {
+		return nil
+	}
+	check := checkJSON
+	if ours && k.checked {
+		check = nil
+	}
+	k.info, k.checked = nil, false
+	f, err := openKnown(ctx, k.stateDir, check)
 	if err != nil {
 		return err
 	}
-	if f.damaged != nil {
-		before = Known{}
-	}
 	err = f.guarded(func() error {
 		return f.db.Update(func(tx *bolt.Tx) error {
-			if tx.Bucket(nodeBucket).Get(selfKey) == nil {
-				before = Known{} // somebody else has put a new file in a damaged one's place
+			if tx.Bucket(nodeBucket).Get(selfKey) == nil { // a new file, perhaps in the place of a damaged one
+				k.held = Known{}
+				changed = now.since(k.held)
 			}
-			for name, r := range now.Records.Nodes {
-				if was, ok := before.Records.Nodes[name]; !ok || was != r && !was.Equal(*r) {
-					if err := putJSON(tx.Bucket(recordsBucket), []byte(name), r); err != nil {
-						return err
-					}
-				}
-			}
-			for name := range before.Records.Nodes {
-				if _, ok := now.Records.Nodes[name]; !ok {
-					if err := tx.Bucket(recordsBucket).Delete([]byte(name)); err != nil {
-						return err
-					}
-				}
-			}
-			for name := range before.Endpoints {
-				if _, ok := now.Endpoints[name]; !ok { // else it would be used again after a reboot
-					if err := tx.Bucket(endpointsBucket).Delete([]byte(name)); err != nil {
-						return err
-					}
-				}
-			}
-			for name, e := range now.Endpoints {
-				if before.Endpoints[name] != e {
-					if err := putJSON(tx.Bucket(endpointsBucket), []byte(name), e); err != nil {
-						return err
-					}
-				}
-			}
-			node := tx.Bucket(nodeBucket)
-			if err := putJSON(node, selfKey, now.Self); err != nil {
-				return err
-			}
-			return putJSON(node, mtuKey, now.MTU)
+			return changed.write(tx, now)
 		})
 	})
 	if closing := f.close(); err == nil {
 		err = closing
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	changed.take(&k.held, now)
+	left, err := os.Stat(KnownPath(k.stateDir))
+	if err == nil && (info == nil || os.SameFile(info, left)) { // else somebody has put another in its place
+		k.info, k.checked = left, true
+	}
+	return nil
+}
+
+// changes are the names of what differs between two Known.
+type changes struct {
+	records, endpoints []string // that have come, changed or gone
+	self, mtu          bool
+}
+
+func (c changes) empty() bool { return len(c.records)+len(c.endpoints) == 0 && !c.self && !c.mtu }
+
+// since is what has changed since before.
+func (k Known) since(before Known) changes {
+	empty := before.Records.Nodes == nil // then even a zero value is written
+	c := changes{self: empty || !k.Self.Equal(before.Self), mtu: empty || k.MTU != before.MTU}
+	c.records = differing(before.Records.Nodes, k.Records.Nodes, func(a, b *registry.Record) bool { return a == b || a.Equal(*b) })
+	// Those that are gone as well, or they would be used again after a reboot.
+	c.endpoints = differing(before.Endpoints, k.Endpoints, func(a, b netip.AddrPort) bool { return a == b })
+	return c
+}
+
+// differing are the names that only one of the two has, or both with another value.
+func differing[V any](before, now map[string]V, equal func(a, b V) bool) (names []string) {
+	both := 0
+	for name, v := range now {
+		was, ok := before[name]
+		if ok {
+			both++
+		}
+		if !ok || !equal(was, v) {
+			names = append(names, name)
+		}
+	}
+	if both == len(before) {
+		return names
+	}
+	for name := range before {
+		if _, ok := now[name]; !ok {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+func (c changes) write(tx *bolt.Tx, now Known) error {
+	for _, name := range c.records {
+		if err := putOrDelete(tx.Bucket(recordsBucket), now.Records.Nodes, name); err != nil {
+			return err
+		}
+	}
+	for _, name := range c.endpoints {
+		if err := putOrDelete(tx.Bucket(endpointsBucket), now.Endpoints, name); err != nil {
+			return err
+		}
+	}
+	node := tx.Bucket(nodeBucket)
+	if c.self {
+		if err := putJSON(node, selfKey, now.Self); err != nil {
+			return err
+		}
+	}
+	if c.mtu {
+		return putJSON(node, mtuKey, now.MTU)
+	}
+	return nil
+}
+
+// take makes held what now is, as far as they differ.
+func (c changes) take(held *Known, now Known) {
+	if held.Records.Nodes == nil || held.Endpoints == nil {
+		*held = now.Clone()
+		return
+	}
+	for _, name := range c.records {
+		takeOrDelete(held.Records.Nodes, now.Records.Nodes, name)
+	}
+	for _, name := range c.endpoints {
+		takeOrDelete(held.Endpoints, now.Endpoints, name)
+	}
+	held.Self, held.MTU = now.Self, now.MTU
+}
+
+func takeOrDelete[V any](held, now map[string]V, name string) {
+	if v, there := now[name]; there {
+		held[name] = v
+	} else {
+		delete(held, name)
+	}
+}
+
+func putOrDelete[V any](b *bolt.Bucket, now map[string]V, name string) error {
+	if v, there := now[name]; there {
+		return putJSON(b, []byte(name), v)
+	}
+	return b.Delete([]byte(name))
 }
 
 // Equal reports whether both say the same.

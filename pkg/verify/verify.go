@@ -36,7 +36,8 @@ type Options struct {
 	Targets   []Target
 	Count     int    // packets to each target; required
 	Namespace string // optional: path of the pod's network namespace to send from
-	Tunnel    string // the WireGuard interface
+	// Tunnels are the WireGuard interfaces; there are two while keys are replaced.
+	Tunnels []string
 	// Watched are the interfaces where nothing may be in the clear: all but those that
 	// lead to pods of this node. Required.
 	Watched []string
@@ -56,7 +57,7 @@ type Result struct {
 	Endpoint netip.AddrPort `json:"endpoint"`
 	Sent     int            `json:"sent"`     // different ones; some may have been sent again
 	Answered int            `json:"answered"` // of them
-	// InTunnel are the packets with the marker on the WireGuard interface, requests and
+	// InTunnel are the packets with the marker on the WireGuard interfaces, requests and
 	// answers; InClear those on the other interfaces that were watched.
 	InTunnel int            `json:"inTunnel"`
 	InClear  int            `json:"inClear"`

@@ -38,7 +38,7 @@ func TestJudge(t *testing.T) {
 // newTestWatcher looks for one marker: index 7 is the tunnel, 8 is watched, all
 // others lead to pods.
 func newTestWatcher() *watcher {
-	w := &watcher{tunnel: 7, watched: map[int]string{8: "eth0"}, results: make([]Result, 1), markers: make([][]byte, 1)}
+	w := &watcher{tunnels: map[int]bool{7: true}, watched: map[int]string{8: "eth0"}, results: make([]Result, 1), markers: make([][]byte, 1)}
 	w.add(0, []byte("0123456789abcdef"), Target{Endpoint: netip.MustParseAddrPort("192.0.2.2:51820")})
 	return w
 }

@@ -28,7 +28,7 @@ const window = 200
 // ours by their size come up from the kernel, so that other traffic does no harm.
 type watcher struct {
 	fd      int
-	tunnel  int            // the interface's index
+	tunnels map[int]bool   // the interfaces' indices
 	watched map[int]string // names, by index
 	stopped chan struct{}  // closed to end
 	done    sync.WaitGroup
@@ -40,12 +40,14 @@ type watcher struct {
 }
 
 func watch(o Options, size int) (*watcher, error) {
-	w := &watcher{watched: map[int]string{}, stopped: make(chan struct{}), results: make([]Result, len(o.Targets)), markers: make([][]byte, len(o.Targets))}
-	link, err := net.InterfaceByName(o.Tunnel)
-	if err != nil {
-		return nil, fmt.Errorf("find interface %s: %w", o.Tunnel, err)
+	w := &watcher{tunnels: map[int]bool{}, watched: map[int]string{}, stopped: make(chan struct{}), results: make([]Result, len(o.Targets)), markers: make([][]byte, len(o.Targets))}
+	for _, name := range o.Tunnels {
+		l, err := net.InterfaceByName(name)
+		if err != nil {
+			return nil, fmt.Errorf("find interface %s: %w", name, err)
+		}
+		w.tunnels[l.Index] = true
 	}
-	w.tunnel = link.Index
 	for _, name := range o.Watched {
 		l, err := net.InterfaceByName(name)
 		if err != nil {
@@ -53,6 +55,7 @@ func watch(o Options, size int) (*watcher, error) {
 		}
 		w.watched[l.Index] = name
 	}
+	var err error
 	// Without a protocol it receives nothing until the bind. The link's header is left
 	// out: not all links have one.
 	if w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
@@ -140,7 +143,7 @@ func (w *watcher) stop() (missed int, err error) {
 
 func (w *watcher) take(ifindex int, outgoing bool, packet []byte) {
 	name, watched := w.watched[ifindex]
-	if !watched && ifindex != w.tunnel {
+	if !watched && !w.tunnels[ifindex] {
 		return
 	}
 	w.mu.Lock()

@@ -28,9 +28,10 @@ const announceTimeout = 2 * time.Second
 // addTimeout bounds the wait for the store, which others hold for milliseconds.
 const addTimeout = 10 * time.Second
 
-// tunnelStart is how long an ADD waits for a userspace tunnel that the helper has
-// just started to answer, in all but a busy machine some milliseconds.
-const tunnelStart = 2 * time.Second
+// settleTime is how long an ADD tries to apply the whole plan. The helper may be at it
+// too, and know more: what this ADD saw or planned is no longer so by then. Nor does a
+// userspace tunnel that it has just started answer at once.
+const settleTime = 2 * time.Second
 
 // add records the pod and makes the node's plan hold for it. It talks to nobody
 // but the kernel and the node's own disk, where the helper says what it has
@@ -107,37 +108,58 @@ func attach(ctx context.Context, conf config.Config, at *store.Attachment, link 
 	}
 	defer k.Close()
 
-	applied, mtu, err := attachShort(ctx, conf, at, link, k)
-	if err != nil {
-		return 0, nil, fmt.Errorf("record the pod in %s: %w", store.AttachmentsPath(conf.RunDir), err)
+	pause, deadline := 10*time.Millisecond, time.Now().Add(settleTime)
+	for {
+		applied, mtu, err := attachShort(ctx, conf, at, link, k)
+		if err != nil {
+			return 0, nil, fmt.Errorf("record the pod in %s: %w", store.AttachmentsPath(conf.RunDir), err)
+		}
+		if applied != nil {
+			return mtu, applied.Prefixes, nil
+		}
+		// Nothing has been applied since the node booted, or not from this
+		// configuration, or somebody broke it: the whole plan, from what is known.
+		pass, err := wholePass(ctx, conf, k)
+		if err != nil {
+			return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
+		}
+		err = applyWhole(ctx, pass, at)
+		switch {
+		case err == nil:
+			if mtu, err = reconcile.FitLink(at, link, pass.MTU()); err != nil { // as the pass has, but this one must not fail
+				return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, &conf, sameAs(*at)))
+			}
+			return mtu, pass.Applied().Prefixes, nil
+		case time.Now().After(deadline):
+			return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
+		}
+		time.Sleep(pause)
+		pause *= 2
 	}
-	if applied != nil {
-		return mtu, applied.Prefixes, nil
-	}
-	// Nothing has been applied since the node booted, or not from this
-	// configuration, or somebody broke it: the whole plan, from what is known.
-	pass, err := wholePass(ctx, conf, k)
-	if err != nil {
-		return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
-	}
+}
+
+// applyWhole runs the pass. What keeps the tunnel alone from working fails no pod.
+func applyWhole(ctx context.Context, pass reconcile.Pass, at *store.Attachment) error {
 	outcome, err := pass.Run(ctx)
-	for deadline := time.Now().Add(tunnelStart); errors.Is(err, kernel.ErrSilent) && time.Now().Before(deadline); {
-		time.Sleep(10 * time.Millisecond)
-		outcome, err = pass.Run(ctx)
-	}
 	switch {
 	case errors.Is(err, kernel.ErrNoWireGuard):
 		warn("pod %s: no traffic to other nodes until wgcnid runs: %v", at.ContainerID, err)
+	case errors.Is(err, kernel.ErrPortTaken) && guarded(ctx, pass): // what other programs do fails no pod
+		warn("pod %s: no traffic to other nodes until that port is free: %v", at.ContainerID, err)
 	case err != nil:
-		return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, nil, sameAs(*at)))
+		return err
 	}
 	if outcome.LinksError != nil {
 		warn("%v", outcome.LinksError)
 	}
-	if mtu, err = reconcile.FitLink(at, link, pass.MTU()); err != nil { // as the pass has, but this one must not fail
-		return 0, nil, errors.Join(err, detach(ctx, conf.RunDir, &conf, sameAs(*at)))
-	}
-	return mtu, pass.Applied().Prefixes, nil
+	return nil
+}
+
+// guarded reports whether the kernel holds all of the plan but what is to be done to
+// the WireGuard interface.
+func guarded(ctx context.Context, pass reconcile.Pass) bool {
+	o, err := pass.Compare(ctx)
+	return err == nil && !slices.ContainsFunc(o.Ops, func(op mesh.Op) bool { return !mesh.NeedsLink(op) })
 }
 
 // attachShort stores the attachment, and applies the little that it changes if

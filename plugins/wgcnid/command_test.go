@@ -80,7 +80,7 @@ func TestHelp(t *testing.T) {
 		}
 	})
 	if want := []string{
-		"completion", "doctor", "endpoint", "explain", "forget", "graph", "install", "leave", "nodes", "peer", "peer add", "peer config", "peer list", "peer remove", "run",
+		"completion", "doctor", "endpoint", "explain", "forget", "graph", "install", "key", "key rotate", "key show", "leave", "nodes", "peer", "peer add", "peer config", "peer list", "peer remove", "run",
 		"secret", "secret list", "secret new", "status", "sync", "uninstall", "verify", "version",
 	}; !slices.Equal(names, want) {
 		t.Errorf("commands %q, want %q", names, want)

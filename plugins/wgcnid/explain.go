@@ -122,6 +122,9 @@ func factsOf(c config.Config, d explain.Directory, o reconcile.Outcome, flow exp
 		Node: d.Self.Name, Settings: c.Settings, Flow: flow, State: o.Observed, Now: now,
 		Names: map[wgtypes.Key]string{}, Segments: map[string][]string{}, Why: map[string]string{}, EncryptNodes: map[string]bool{},
 	}
+	for _, n := range d.Nodes {
+		f.Names[n.Spare.PublicKey] = n.Name
+	}
 	for _, p := range o.Plan.Peers {
 		f.Names[p.PublicKey] = p.Name
 	}

@@ -146,13 +146,23 @@ func ownTunnels(c config.Config, v meshView, now time.Time) map[string]graph.Tun
 	if err != nil || heard == nil {
 		return nil
 	}
-	return tunnelsOf(heard, v, now)
+	return tunnelsOf(heard, readSpare(c).Peers, v, now)
 }
 
-func tunnelsOf(heard map[wgtypes.Key]kernel.Handshake, v meshView, now time.Time) map[string]graph.Tunnel {
+// tunnelsOf takes in the second interface's, where there is one.
+func tunnelsOf(heard map[wgtypes.Key]kernel.Handshake, spare []mesh.Peer, v meshView, now time.Time) map[string]graph.Tunnel {
+	spares := map[wgtypes.Key]mesh.Peer{}
+	for _, p := range spare {
+		spares[p.PublicKey] = p
+	}
 	out := map[string]graph.Tunnel{}
 	for _, r := range v.records.Records() {
 		if h, there := heard[r.PublicKey]; there && !r.Left {
+			s := spares[r.SpareKey()]
+			h.Received, h.Sent = h.Received+s.ReceiveBytes, h.Sent+s.TransmitBytes
+			if s.LastHandshake.After(h.At) {
+				h.At = s.LastHandshake
+			}
 			out[r.Name] = graph.NewTunnel(h.At, h.Received, h.Sent, now)
 		}
 	}

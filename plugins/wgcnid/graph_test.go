@@ -8,9 +8,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/wgcni/wgcni/pkg/graph"
+	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/registry/registrytest"
@@ -92,5 +96,20 @@ func TestGraphFormats(t *testing.T) {
 	}
 	if _, _, err = m.run("graph", "--output", filepath.Join(dir, "none", "mesh.svg")); err == nil {
 		t.Error("a folder that is not there: no error")
+	}
+}
+
+// A tunnel is drawn once while keys are replaced, and counts what goes by either interface.
+func TestTunnelsOfBothPlanes(t *testing.T) {
+	heard := map[wgtypes.Key]kernel.Handshake{keyB: {At: now.Add(-time.Hour), Received: 10, Sent: 20}, {5}: {At: now.Add(-time.Hour), Received: 1, Sent: 2}}
+	spare := []mesh.Peer{{PublicKey: wgtypes.Key{7}, LastHandshake: now, ReceiveBytes: 100, TransmitBytes: 200}, {PublicKey: wgtypes.Key{5}, LastHandshake: now, ReceiveBytes: 30, TransmitBytes: 40}}
+	v := meshView{records: registry.NewSnapshot(
+		registry.Record{Name: "b", PublicKey: keyB, Rotation: registry.Rotation{Next: wgtypes.Key{7}, Stage: mesh.Out}},
+		registry.Record{Name: "c", PublicKey: wgtypes.Key{5}, Rotation: registry.Rotation{Stage: mesh.Back}}, // its next is the one in use
+		registry.Record{Name: "d", PublicKey: wgtypes.Key{6}},
+	)}
+	want := map[string]graph.Tunnel{"b": graph.NewTunnel(now, 110, 220, now), "c": graph.NewTunnel(now, 31, 42, now)}
+	if diff := cmp.Diff(want, tunnelsOf(heard, spare, v, now), cmp.Comparer(func(a, b graph.Tunnel) bool { return a == b })); diff != "" {
+		t.Error(diff)
 	}
 }

@@ -170,7 +170,7 @@ func (o options) installedIn() string {
 	if c, err := o.loadLast(); err == nil {
 		return c.StateDir
 	}
-	return config.DefaultStateDir
+	return config.StateDir(o.cniDir)
 }
 
 func printInstalled(w io.Writer, p install.Plan) error {

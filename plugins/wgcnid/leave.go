@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
+	"github.com/wgcni/wgcni/pkg/install"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 )
 
@@ -44,6 +46,10 @@ must be stopped by hand in this case, and on a node that was forgotten.`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := o.loadLast()
+			if errors.Is(err, config.ErrNotChained) && os.Geteuid() == 0 {
+				// A leave that was cut short at its very end has left this much.
+				return errors.Join(err, o.forgetFolder(config.StateDir(o.cniDir), purge))
+			}
 			if err != nil {
 				return err
 			}
@@ -54,10 +60,8 @@ must be stopped by hand in this case, and on a node that was forgotten.`,
 			if err := leave(cmd.Context(), c, force, log); err != nil {
 				return err
 			}
-			if purge {
-				if err := removeFolder(c.StateDir); err != nil {
-					return err
-				}
+			if err := o.forgetState(c, purge); err != nil {
+				return err
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s has left the mesh; pod traffic of this node is no longer encrypted.\n", c.NodeName)
 			return err
@@ -71,11 +75,6 @@ must be stopped by hand in this case, and on a node that was forgotten.`,
 func leave(ctx context.Context, c config.Config, force bool, log *slog.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
 	defer cancel()
-	k, err := openKernel(c)
-	if err != nil {
-		return err
-	}
-	defer k.Close()
 	told, err := announceLeave(ctx, c, log)
 	if err != nil {
 		if !force {
@@ -83,12 +82,54 @@ func leave(ctx context.Context, c config.Config, force bool, log *slog.Logger) e
 		}
 		log.Warn("the other nodes could not be told and keep this one as a peer", "error", err, "mend", fmt.Sprintf("run `wgcnid forget %s` on one of them", c.NodeName))
 	}
+	return takeDown(ctx, c, told, log)
+}
+
+// takeDown waits for a helper that runs to end, if that has been told to, and takes
+// away what there is of the mesh on this node.
+func takeDown(ctx context.Context, c config.Config, told bool, log *slog.Logger) error {
 	lock, err := awaitHelperEnd(ctx, c.RunDir, told)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
+	k, err := openKernel(c)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
 	return teardown(ctx, c, k, log)
+}
+
+// forgetState deletes what a node that has left goes by when its entry is out of the
+// conflist, with purge also all else in the state folder. The last configuration goes
+// last: a leave that was cut short is finished by the next one, which needs it.
+func (o options) forgetState(c config.Config, purge bool) error {
+	if purge {
+		if err := removeFolder(c.StateDir, config.LastFile); err != nil {
+			return err
+		}
+	}
+	if err := durable.Remove(filepath.Join(c.StateDir, config.LastFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err // a folder that is not there has no such file either
+	}
+	return o.forgetFolder(c.StateDir, purge)
+}
+
+// forgetFolder forgets where the state folder is, and with purge deletes it if it is
+// empty, unless uninstall is to go by what is in it.
+func (o options) forgetFolder(stateDir string, purge bool) error {
+	if _, err := os.Stat(filepath.Join(stateDir, install.RecordFile)); !errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if purge {
+		if err := os.Remove(stateDir); err == nil { // one that is a mount stays
+			if err := durable.SyncFolder(filepath.Dir(stateDir)); err != nil {
+				return err
+			}
+		}
+	}
+	return config.ForgetStateDir(o.cniDir, stateDir)
 }
 
 // announceLeave puts a tombstone in the place of our record: the one that others
@@ -144,9 +185,9 @@ func awaitHelperEnd(ctx context.Context, runDir string, told bool) (*os.File, er
 	}
 }
 
-// removeFolder deletes a folder with all it holds. One that is a mount stays, empty,
-// as in a container, whose root may be read-only.
-func removeFolder(dir string) error {
+// removeFolder deletes a folder with all it holds, or all but the file of that name.
+// One that is a mount stays, empty, as in a container, whose root may be read-only.
+func removeFolder(dir, but string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -155,9 +196,15 @@ func removeFolder(dir string) error {
 		return err
 	}
 	for _, e := range entries {
+		if e.Name() == but {
+			continue
+		}
 		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
 			return err
 		}
+	}
+	if but != "" {
+		return nil
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, syscall.EBUSY) && !errors.Is(err, syscall.EROFS) {
 		return err

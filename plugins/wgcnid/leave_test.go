@@ -244,7 +244,7 @@ func TestAwaitHelperEnd(t *testing.T) {
 
 func TestRemoveFolder(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	if err := removeFolder(dir); err != nil {
+	if err := removeFolder(dir, ""); err != nil {
 		t.Errorf("a folder that is not there: %v", err)
 	}
 	elsewhere := filepath.Join(t.TempDir(), "kept")
@@ -259,7 +259,7 @@ func TestRemoveFolder(t *testing.T) {
 	if err := os.Symlink(elsewhere, filepath.Join(dir, "link")); err != nil {
 		t.Fatal(err)
 	}
-	if err := removeFolder(dir); err != nil {
+	if err := removeFolder(dir, ""); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(dir); !os.IsNotExist(err) {
@@ -268,7 +268,7 @@ func TestRemoveFolder(t *testing.T) {
 	if _, err := os.Stat(elsewhere); err != nil {
 		t.Errorf("what a link led to is gone: %v", err)
 	}
-	if err := removeFolder(elsewhere); err == nil {
+	if err := removeFolder(elsewhere, ""); err == nil {
 		t.Error("no error for a file")
 	}
 }

@@ -80,7 +80,7 @@ configuration list; a machine with no CNI gives that entry in a file of its own.
 	root.PersistentFlags().StringVar(&o.cniDir, "cni-dir", config.DefaultDir, "folder of the CNI network configurations")
 	root.AddCommand(
 		runCommand(&o), syncCommand(&o), statusCommand(&o), nodesCommand(&o), graphCommand(&o), leaveCommand(&o), forgetCommand(&o),
-		peerCommand(&o), secretCommand(&o), endpointCommand(&o), versionCommand(), tunnelCommand(),
+		peerCommand(&o), secretCommand(&o), keyCommand(&o), endpointCommand(&o), versionCommand(), tunnelCommand(),
 		explainCommand(&o),
 		doctorCommand(&o),
 		verifyCommand(&o),

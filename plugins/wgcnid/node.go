@@ -15,10 +15,10 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/google/renameio/v2"
 	"google.golang.org/grpc/grpclog"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/kernel/userspace"
@@ -51,14 +51,23 @@ func openKernel(c config.Config) (*kernel.Kernel, error) {
 		Interface:  c.Interface,
 		PrivateKey: identity.Revealer(c.StateDir),
 		StartTunnel: func(name string, mtu int) error {
-			return userspace.Start(name, mtu, filepath.Join(c.RunDir, "tunnel.log"))
+			return userspace.Start(name, mtu, tunnelLog(c, name))
 		},
 	})
 }
 
+// tunnelLog is where a tunnel process logs, and beside which it counts.
+func tunnelLog(c config.Config, name string) string {
+	file := "tunnel.log"
+	if name != c.Interface { // the second one, while keys are rotated
+		file = "tunnel-" + name + ".log"
+	}
+	return filepath.Join(c.RunDir, file)
+}
+
 // newLoop wires up the loop of a node.
 func newLoop(o options, c config.Config, k *kernel.Kernel, log *slog.Logger) (*reconcile.Loop, error) {
-	key, err := identity.LoadOrCreate(c.StateDir)
+	keys, err := identity.LoadOrCreateKeys(c.StateDir, time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +77,7 @@ func newLoop(o options, c config.Config, k *kernel.Kernel, log *slog.Logger) (*r
 	}
 	loop := &reconcile.Loop{
 		Load:     o.load,
-		Key:      key.Public(),
+		Keys:     keys,
 		Kernel:   k,
 		Registry: r,
 		Resolver: &reconcile.Resolver{Lookup: net.DefaultResolver.LookupNetIP, Changed: func() {}},
@@ -88,7 +97,7 @@ func reportPath(runDir string) string { return filepath.Join(runDir, "helper.jso
 func writeReport(runDir string, r reconcile.Report, log *slog.Logger) {
 	text, err := json.MarshalIndent(r, "", "  ")
 	if err == nil {
-		err = renameio.WriteFile(reportPath(runDir), text, 0o600, renameio.WithTempDir(runDir))
+		err = durable.Replace(reportPath(runDir), text, 0o600)
 	}
 	if err != nil {
 		log.Warn("cannot write the report for `wgcnid status`", "error", err)
@@ -197,10 +206,10 @@ func teardown(_ context.Context, c config.Config, k *kernel.Kernel, log *slog.Lo
 		return err
 	}
 	// What was known of the mesh would build the tunnel again at the next ADD.
-	for _, path := range []string{store.KnownPath(c.StateDir), store.KnownPath(c.StateDir) + ".lock", filepath.Join(c.StateDir, config.LastFile)} {
+	for _, path := range []string{store.KnownPath(c.StateDir), store.KnownPath(c.StateDir) + ".lock"} {
 		if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
 			return err
 		}
 	}
-	return removeFolder(c.RunDir)
+	return removeFolder(c.RunDir, "")
 }

@@ -46,6 +46,18 @@ func printReport(b *strings.Builder, s Status) {
 	}
 }
 
+// rotation is one line about that of this node's key; "" if none is going on.
+func (s Status) rotation() string {
+	if s.Report == nil || s.Report.Rotation == nil {
+		return ""
+	}
+	note := "of this node's key: " + rotationNote(s.Report.Rotation)
+	if !s.Helper {
+		note += fmt.Sprintf(" (as wgcnid saw it last, at %s; it goes on when it runs)", localTime(s.Report.At))
+	}
+	return note
+}
+
 func localTime(t time.Time) string { return t.Local().Format(time.DateTime) }
 
 func registryNote(s Status) string {

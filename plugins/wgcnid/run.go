@@ -15,10 +15,10 @@ import (
 	"strconv"
 	"syscall"
 
-	"github.com/google/renameio/v2"
 	"github.com/spf13/cobra"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/kernel/userspace"
 	"github.com/wgcni/wgcni/pkg/page"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -87,7 +87,14 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 	if err != nil {
 		return err
 	}
+	loop.Lock = lock
+	defer func() { loop.Lock.Close() }() // it may be another by then
 	loop.Load = keepLast(o.loadInstalled, c.StateDir, log)
+	if o.configFile == "" {
+		if err := config.KeepStateDir(o.cniDir, c.StateDir); err != nil {
+			log.Warn("cannot note where \"stateDir\" is; once the entry is taken out, `wgcnid leave` will need --config", "error", err)
+		}
+	}
 	web := newWeb(o, c, listen, events, log)
 	loop.Passed = web.passed
 	go web.run(ctx)
@@ -95,7 +102,7 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 	if c.Bare {
 		behind, ranges = "subnets", c.Subnets
 	}
-	log.Info("starting", "node", c.NodeName, "publicKey", loop.Key.String(), "interface", c.Interface,
+	log.Info("starting", "node", c.NodeName, "publicKey", loop.Keys.Current.String(), "interface", c.Interface,
 		"clusterCIDRs", c.ClusterCIDRs, behind, ranges, "registry", loop.Registry.String())
 	err = loop.Run(ctx)
 	if errors.Is(err, reconcile.ErrLeft) {
@@ -120,7 +127,7 @@ func keepLast(load func() (config.Config, error), stateDir string, log *slog.Log
 			return c, err
 		}
 		last = c.Source // a copy that fails is not tried again until there is another
-		if err := renameio.WriteFile(filepath.Join(stateDir, config.LastFile), c.Source, 0o600, renameio.WithTempDir(stateDir)); err != nil {
+		if err := durable.Replace(filepath.Join(stateDir, config.LastFile), c.Source, 0o600); err != nil {
 			log.Warn("cannot keep a copy of the configuration; `wgcnid leave` will need --config", "error", err)
 		}
 		return c, nil

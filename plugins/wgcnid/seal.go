@@ -1,10 +1,6 @@
 package main
 
 import (
-	"slices"
-
-	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
-
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/reconcile"
@@ -26,14 +22,7 @@ type SealStatus struct {
 // encrypted does not depend on it: a tunnel with different ones at its ends has
 // no handshake, and lets nothing through.
 func takePresharedKeys(o *reconcile.Outcome, c mesh.Context) {
-	have := map[wgtypes.Key]mesh.Fingerprint{}
-	for _, p := range o.Observed.Peers {
-		have[p.PublicKey] = p.PresharedKey
-	}
-	o.Plan.Peers = slices.Clone(o.Plan.Peers)
-	for i, p := range o.Plan.Peers {
-		o.Plan.Peers[i].PresharedKey = have[p.PublicKey]
-	}
+	o.Plan.TakePresharedKeys(o.Observed)
 	o.Ops = mesh.Diff(o.Observed, o.Plan.State, c)
 }
 

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/kernel/userspace"
 	"github.com/wgcni/wgcni/pkg/metrics"
@@ -80,6 +81,9 @@ func newWeb(o options, c config.Config, listen string, events *page.Events, log 
 // read reads by a connection of its own: the loop does not wait for scrapes, and
 // nothing of what was read is kept.
 func (w *web) read() (r metrics.Reading, err error) {
+	if keys, err := identity.LoadKeys(w.config.StateDir); err == nil {
+		r.KeySince = keys.Since
+	}
 	k, err := kernel.Open(kernel.Config{Interface: w.config.Interface})
 	if err != nil {
 		return r, err
@@ -89,10 +93,11 @@ func (w *web) read() (r metrics.Reading, err error) {
 		return r, err
 	}
 	if r.Userspace { // a process of an older version counts nothing
-		if c, err := userspace.ReadCounts(w.config.RunDir); err == nil {
+		if c, err := userspace.ReadCounts(tunnelLog(w.config, w.config.Interface)); err == nil {
 			r.Unallowed = &c.UnallowedSource
 		}
 	}
+	r.Spare = readSpare(w.config).Peers
 	r.Drops, err = k.Drops()
 	return r, err
 }

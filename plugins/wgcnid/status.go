@@ -66,6 +66,7 @@ type Status struct {
 	Time       time.Time       `json:"time"`
 	Node       string          `json:"node"`
 	PublicKey  string          `json:"publicKey,omitempty"`
+	KeySince   time.Time       `json:"keySince,omitzero"` // when the key came into use
 	Encryption mesh.Encryption `json:"encryption"`
 	Answer     Answer          `json:"answer"`    // to whether its traffic is encrypted
 	Verdict    string          `json:"verdict"`   // one sentence
@@ -171,6 +172,9 @@ func readStatus(ctx context.Context, o options) (Status, error) {
 	if public != (wgtypes.Key{}) {
 		s.PublicKey = public.String()
 	}
+	if keys, err := identity.LoadKeys(c.StateDir); err == nil { // else `wgcnid doctor` says why not
+		s.KeySince = keys.Since
+	}
 	for _, op := range outcome.Ops {
 		s.Pending = append(s.Pending, op.String())
 	}
@@ -229,7 +233,7 @@ func readNode(ctx context.Context, c config.Config, k *kernel.Kernel, now time.T
 
 func peerStatuses(o reconcile.Outcome, now time.Time) []PeerStatus {
 	have := map[wgtypes.Key]mesh.Peer{}
-	for _, p := range o.Observed.Peers {
+	for _, p := range mesh.BothPlanes(o.Plan.State, o.Observed) {
 		have[p.PublicKey] = p
 	}
 	out := []PeerStatus{}
@@ -274,6 +278,9 @@ func printStatus(w io.Writer, s Status, asJSON bool) error {
 		if s.Interface.Fragments != "" {
 			fmt.Fprintf(&b, "           %s\n", s.Interface.Fragments)
 		}
+	}
+	if note := s.rotation(); note != "" {
+		fmt.Fprintf(&b, "rotation   %s\n", note)
 	}
 	fmt.Fprintf(&b, "helper     %s\n", map[bool]string{true: "running", false: "NOT running: traffic flows, changes are not followed"}[s.Helper])
 	fmt.Fprintf(&b, "registry   %s%s\n", s.Registry, registryNote(s))

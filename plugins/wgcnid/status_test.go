@@ -107,6 +107,21 @@ c     -                never      0 B       0 B       none           no handshak
 			s.Interface.Fragments = "packets of more than 1220 bytes leave in fragments: mend it"
 			return s
 		}, true, encrypted + strings.Replace(head, "helper ", "           packets of more than 1220 bytes leave in fragments: mend it\nhelper ", 1) + connectedTable},
+		{"rotation", exampleConfig, func() Status {
+			s := connected()
+			s.Report = &reconcile.Report{Rotation: &reconcile.RotationReport{Stage: mesh.Out, Pairs: 5, Moved: 3, Waiting: []reconcile.RotationWait{
+				{Node: "node-c", Why: "no handshake on UDP port 51821"}, {Node: "d", Why: "x"}, {Node: "e", Why: "y"}, {Node: "f", Why: "z"},
+			}}}
+			return s
+		}, true, encrypted + strings.Replace(head, "helper ", "rotation   of this node's key: moving to the new key: 3 of 5 pairs moved; waits for node-c: no handshake on UDP port 51821; "+
+			"waits for d: x; waits for e: y; and for 1 more, which `wgcnid key show` lists\nhelper ", 1) + connectedTable},
+		{"rotation of a helper that is gone", exampleConfig, func() Status {
+			s := connected()
+			s.Helper = false
+			s.Report = &reconcile.Report{At: now, Rotation: &reconcile.RotationReport{Stage: mesh.Back}}
+			return s
+		}, true, encrypted + strings.Replace(strings.Replace(head, "helper ", "rotation   of this node's key: the new key is in use, moving back to the first interface "+
+			"(as wgcnid saw it last, at 2026-01-02 03:04:05; it goes on when it runs)\nhelper ", 1), "running", "NOT running: traffic flows, changes are not followed", 1) + connectedTable},
 		{"idle", exampleConfig, func() Status {
 			return newStatus(observedPeer(func(p *mesh.Peer) { p.LastHandshake = now.Add(-time.Hour) }))
 		}, true, encrypted + head + `PEER  ENDPOINT         HANDSHAKE   RECEIVED  SENT      PREFIXES       STATE  REASON
@@ -281,6 +296,25 @@ func TestVerdictWithoutInterface(t *testing.T) {
 }
 
 // A clock that was set back makes no peer look lost, and prints no negative age.
+// While keys are replaced, a peer is one line: of the interface that it is heard by,
+// with the bytes of both.
+func TestPeerOfBothPlanes(t *testing.T) {
+	spareKey := wgtypes.Key{7}
+	o := reconcile.Outcome{Observed: mesh.State{Peers: []mesh.Peer{observedPeer(func(p *mesh.Peer) { p.LastHandshake = now.Add(-time.Hour) })}}}
+	o.Observed.Spare.Peers = []mesh.Peer{observedPeer(func(p *mesh.Peer) {
+		p.PublicKey, p.Endpoint = spareKey, netip.AddrPortFrom(placeB.Addr(), 51821)
+	})}
+	o.Plan.Peers = []mesh.Peer{{Name: "b", PublicKey: keyB, Endpoint: placeB, AllowedIPs: podsB}}
+	o.Plan.Spare.Peers = []mesh.Peer{{Name: "b", PublicKey: spareKey}}
+	want := []PeerStatus{{
+		Name: "b", PublicKey: keyB.String(), Endpoint: netip.MustParseAddrPort("192.0.2.2:51821"), LastHandshake: now.Add(-42 * time.Second),
+		ReceiveBytes: 2 << 20, TransmitBytes: 3072, AllowedIPs: podsB, State: stateConnected,
+	}}
+	if diff := cmp.Diff(want, peerStatuses(o, now), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestHandshakeInTheFuture(t *testing.T) {
 	s := newStatus(observedPeer(func(p *mesh.Peer) { p.LastHandshake = now.Add(time.Minute) }))
 	if s.Peers[0].State != stateConnected || ago(now, s.Peers[0].LastHandshake) != "0s ago" {

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/install"
 	"github.com/wgcni/wgcni/pkg/reconcile"
 	"github.com/wgcni/wgcni/pkg/registry/file"
@@ -40,6 +41,11 @@ uninstall that was cut short is finished by the next one.`,
 			out := cmd.OutOrStdout()
 			m, err := install.BeginRemoval(cmd.Context(), o.installedIn())
 			if errors.Is(err, fs.ErrNotExist) {
+				if !dryRun && os.Geteuid() == 0 {
+					if err := install.FinishRemoval(o.installedIn(), o.cniDir, purge); err != nil {
+						return err
+					}
+				}
 				return o.notInstalled(cmd)
 			}
 			if err != nil {
@@ -87,10 +93,14 @@ func uninstall(cmd *cobra.Command, m *install.Removal, purge, force bool, log *s
 	if _, err := m.Plan(purge); err != nil && !errors.Is(err, install.ErrUnready) {
 		return err
 	}
-	if err := canLeave(cmd.Context(), c, force); err != nil {
-		return err
-	}
 	out := cmd.OutOrStdout()
+	// One that was cut short after the node had left may have deleted what it takes
+	// to tell the others so.
+	cannot := canLeave(cmd.Context(), c, force)
+	left := cannot != nil && m.Record.Left && !reconcile.HelperAlive(c.RunDir)
+	if cannot != nil && !left {
+		return cannot
+	}
 	say := func(changes []install.Change) {
 		for _, c := range changes {
 			fmt.Fprintln(out, printable(c.Path+" "+c.Text))
@@ -101,10 +111,21 @@ func uninstall(cmd *cobra.Command, m *install.Removal, purge, force bool, log *s
 	if err != nil {
 		return err
 	}
-	if err := leave(cmd.Context(), c, force, log); err != nil {
+	if left {
+		err = takeDown(cmd.Context(), c, false, log)
+	} else {
+		err = leave(cmd.Context(), c, force, log)
+	}
+	if err == nil {
+		err = m.SaveLeft()
+	}
+	if err != nil {
 		return fmt.Errorf("the entry is out of the network configuration, but the node is still in the mesh: %w; then run `wgcnid uninstall` again", err)
 	}
 	fmt.Fprintln(out, printable(c.NodeName+" has left the mesh; pod traffic of this node is no longer encrypted"))
+	if err := durable.Remove(filepath.Join(c.StateDir, config.LastFile)); err != nil {
+		return err
+	}
 	p, err := m.Finish(purge)
 	if err != nil {
 		return err

@@ -107,7 +107,10 @@ func verifyPeers(ctx context.Context, o options, v verifyOptions, names []string
 	if err != nil {
 		return out, err
 	}
-	vo := verify.Options{Count: v.count, Tunnel: c.Interface}
+	vo := verify.Options{Count: v.count, Tunnels: []string{c.Interface}}
+	if state.Spare.Link.Name != "" {
+		vo.Tunnels = append(vo.Tunnels, state.Spare.Link.Name)
+	}
 	if vo.Targets, err = verifyTargets(state, known.Records, c.NodeName, names); err != nil {
 		return out, err
 	}
@@ -150,7 +153,11 @@ func verifyTargets(s mesh.State, records registry.Snapshot, self string, names [
 		if len(names) > 0 && r.Name != names[0] || !address.IsValid() {
 			continue
 		}
-		out = append(out, verify.Target{Name: r.Name, Address: address, Endpoint: s.Peers[i].Endpoint})
+		endpoint := s.Peers[i].Endpoint
+		if p, ok := s.PeerFor(address); ok { // by the second interface, while keys are replaced
+			endpoint = p.Endpoint
+		}
+		out = append(out, verify.Target{Name: r.Name, Address: address, Endpoint: endpoint})
 	}
 	switch {
 	case len(out) > 0:
@@ -229,7 +236,7 @@ func towardsNetwork(tunnel string, mark uint32, pods []store.Attachment, targets
 	var out []string
 	for _, l := range links {
 		a := l.Attrs()
-		own := a.Flags&net.FlagLoopback != 0 || a.Name == tunnel || toPods[a.Index] || toPods[a.MasterIndex]
+		own := a.Flags&net.FlagLoopback != 0 || a.Name == tunnel || a.Name == mesh.SpareInterface(tunnel) || toPods[a.Index] || toPods[a.MasterIndex]
 		if a.Flags&net.FlagUp != 0 && (toPeers[a.Index] || !own) {
 			out = append(out, a.Name)
 		}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/kernel"
 	"github.com/wgcni/wgcni/pkg/mesh"
 	"github.com/wgcni/wgcni/pkg/page"
@@ -47,6 +48,21 @@ func (w *web) made(name string, make func(context.Context) (string, error)) (str
 	case <-patience.C:
 		return "", fmt.Errorf("the node's state cannot be read within %s", viewPatience)
 	}
+}
+
+// readSpare reads the second interface, which is there while keys are replaced. What
+// cannot be read is as good as not there: the first one tells whether all is well.
+func readSpare(c config.Config) kernel.Reading {
+	k, err := kernel.Open(kernel.Config{Interface: mesh.SpareInterface(c.Interface)})
+	if err != nil {
+		return kernel.Reading{}
+	}
+	defer k.Close()
+	r, err := k.Read()
+	if err != nil {
+		return kernel.Reading{}
+	}
+	return r
 }
 
 func (w *web) servePage(rw http.ResponseWriter, _ *http.Request) {
@@ -238,6 +254,7 @@ func pageFacts(s Status) (out []page.Fact) {
 		add("interface", fmt.Sprintf("%s, UDP port %d, MTU %d", i.Name, i.ListenPort, i.MTU))
 	}
 	add("public key", s.PublicKey)
+	add("rotation", s.rotation())
 	add("encryption", s.Encryption.String())
 	add("registry", s.Registry+registryNote(s))
 	add("seal", sealNote(s))

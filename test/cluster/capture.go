@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,6 +30,7 @@ type CaptureOptions struct {
 
 // Finding is a frame that should not be there.
 type Finding struct {
+	At    time.Time
 	Why   string
 	Frame []byte // the first 256 bytes
 }
@@ -52,7 +54,7 @@ func (r CaptureReport) String() string {
 	fmt.Fprintf(&b, "%d packets, %d WireGuard, %d with marker, %d plain, %d dropped",
 		r.Packets, r.WireGuard, r.WithMarker, r.Plain, r.Dropped)
 	for _, f := range r.Findings {
-		fmt.Fprintf(&b, "\n%s\n%s", f.Why, hex.Dump(f.Frame))
+		fmt.Fprintf(&b, "\n%s %s\n%s", f.At.Format("15:04:05.000"), f.Why, hex.Dump(f.Frame))
 	}
 	return b.String()
 }

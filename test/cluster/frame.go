@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"time"
 )
 
 // etherTypeSentinel is IEEE 802's "local experimental EtherType 1".
@@ -140,6 +141,6 @@ const (
 
 func (r *CaptureReport) keep(frame []byte, why string) {
 	if len(r.Findings) < maxFindings {
-		r.Findings = append(r.Findings, Finding{Why: why, Frame: bytes.Clone(frame[:min(len(frame), maxFrameBytes)])})
+		r.Findings = append(r.Findings, Finding{At: time.Now(), Why: why, Frame: bytes.Clone(frame[:min(len(frame), maxFrameBytes)])})
 	}
 }

@@ -82,3 +82,25 @@ func Talk(ctx context.Context, from, to *Pod, payload []byte) error {
 	}
 	return nil
 }
+
+// PodRanges are the clusterCIDRs of conflist/.
+var PodRanges = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
+
+// RouteAround gives every node ordinary routes to the others' pods, as the routing
+// of any cluster does: whatever is not held back arrives in the clear.
+func (c *Cluster) RouteAround(ctx context.Context) error {
+	for _, n := range c.Nodes {
+		for _, other := range c.Nodes {
+			if n == other {
+				continue
+			}
+			for i, p := range other.PodCIDRs() {
+				via := []netip.Addr{other.IPv4, other.IPv6}[i]
+				if _, err := n.Run(ctx, "ip", "route", "replace", p.String(), "via", via.String()); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}

@@ -100,6 +100,9 @@ func (p *Process) Signal(ctx context.Context, sig unix.Signal) error {
 	if err := unix.Kill(child, sig); err != nil {
 		return fmt.Errorf("send %v to %s: %w", sig, p.name, err)
 	}
+	if sig == unix.SIGCONT { // nsenter has stopped itself with its child, and would never wait for it
+		_ = unix.Kill(p.cmd.Process.Pid, sig)
+	}
 	return nil
 }
 

@@ -84,6 +84,10 @@ func (s *Server) Sources() map[netip.Addr]int {
 	return maps.Clone(s.sources)
 }
 
+// Overflowed is how many datagrams its sockets had no room for, since nobody read
+// them in time: the harness has lost these, and not the network.
+func (s *Server) Overflowed() (int, error) { return udpDrops(s.at, s.Port) }
+
 // Close ends the server and its connections.
 func (s *Server) Close() error {
 	s.mu.Lock()

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -113,6 +115,163 @@ func TestLossAndStream(t *testing.T) {
 	})
 	if r.Lost < 50 || r.LongestGap < cut/2 || r.Lost+r.Received != r.Sent {
 		t.Errorf("over a link that was cut for %v: %s", cut, r)
+	}
+}
+
+// TestStreamKnowsWhatItLost: what was before does not count, what is missing has a
+// number and a time, and what our own socket had no room for is told apart.
+func TestStreamKnowsWhatItLost(t *testing.T) {
+	c := newCluster(t, 2)
+	a, b := c.Nodes[0], c.Nodes[1]
+	s := serve(t, b, 7000)
+	st, err := StartStream(a, addrPort(b.IPv4, s.Port), StreamOptions{Rate: 500})
+	if err != nil {
+		t.Fatal(err)
+	}
+	await := func(what string, enough func(StreamReport) bool) StreamReport {
+		t.Helper()
+		var r StreamReport
+		if err := Poll(t.Context(), what, func() error {
+			if r = st.Report(); !enough(r) {
+				return errors.New(r.String())
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	cut := func(perMille int) {
+		t.Helper()
+		if err := b.SetLoss(t.Context(), perMille); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cut(1000)
+	await("a loss", func(r StreamReport) bool { return r.Lost > 100 })
+	cut(0)
+	await("an answer", func(r StreamReport) bool { return r.Received > 100 })
+	st.Reset()
+	await("answers after the reset", func(r StreamReport) bool { return r.Received > 100 })
+	before := time.Now()
+	cut(1000)
+	// What is older than a second cannot be under way any more.
+	r := await("a loss that is no delay", func(r StreamReport) bool { return r.Lost-r.UnderWay > 50 })
+	after := time.Now()
+	cut(0)
+	if r.UnderWay == 0 || r.UnderWay == r.Lost {
+		t.Errorf("%d of %d may be under way", r.UnderWay, r.Lost)
+	}
+	want := r.Received + 100
+	await("answers again", func(r StreamReport) bool { return r.Received > want })
+	if n, err := st.Overflowed(); err != nil || n != 0 {
+		t.Errorf("the stream's socket dropped %d, %v", n, err)
+	}
+	r = st.Stop()
+	rows := st.Losses(100)
+	sum := 0
+	for _, l := range rows {
+		sum += l.Count
+		if l.Sent.Before(before.Add(-time.Second)) || l.Sent.After(after.Add(time.Second)) {
+			t.Errorf("%s; want it between %s and %s", l, before, after)
+		}
+	}
+	if sum != r.Lost || r.Lost < 50 || r.Lost+r.Received != r.Sent {
+		t.Errorf("%d in %v, and the report says %s", sum, rows, r)
+	}
+	if got := st.Losses(1); len(rows) > 0 && (len(got) != 1 || got[0] != rows[0]) {
+		t.Errorf("one of %v is %v", rows, got)
+	}
+}
+
+// TestOverflowIsSeen: a socket that nobody reads drops, and says how much.
+func TestOverflowIsSeen(t *testing.T) {
+	m, err := StartMachine(t.Context(), "alone")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = m.Close() })
+	var lazy, sender net.PacketConn
+	err = m.Do(func() (err error) {
+		if lazy, err = net.ListenPacket("udp4", "127.0.0.1:7000"); err == nil {
+			sender, err = net.ListenPacket("udp4", "127.0.0.1:0")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _, _ = lazy.Close(), sender.Close() })
+	const n = 2000
+	for range n {
+		if _, err := sender.WriteTo(make([]byte, 1000), lazy.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drops, err := udpDrops(m, 7000)
+	if err != nil || drops < 100 || drops >= n {
+		t.Errorf("%d of %d dropped, %v", drops, n, err)
+	}
+	if _, err := dropsOfPort("head\n 1: 0100007F:1B58 0 many\n", 7000); err == nil {
+		t.Error("a table without a number is read")
+	}
+}
+
+// TestBarePod: it is reached by its node's routes, sends when told to, and its
+// address may pass to another.
+func TestBarePod(t *testing.T) {
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	var pods []*BarePod
+	for _, name := range []string{"one", "two"} {
+		p, err := n.AddBarePod(t.Context(), name, NetworkOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, p)
+	}
+	four, six := netip.MustParseAddr("10.244.99.1"), netip.MustParseAddr("fd00:244:99::1")
+	other := netip.MustParseAddr("10.244.99.2")
+	reach := func(at *BarePod, to netip.Addr) {
+		t.Helper()
+		s := serve(t, at, 7000)
+		seen, err := UDP(t.Context(), n, addrPort(to, s.Port), []byte("x"))
+		if err != nil {
+			t.Error(err)
+		} else if len(s.Sources()) != 1 {
+			t.Errorf("%s was reached from %s, and has seen %v", at, seen, s.Sources())
+		}
+		_ = s.Close()
+	}
+	if err := pods[0].SetAddresses(four, six); err != nil {
+		t.Fatal(err)
+	}
+	reach(pods[0], four)
+	reach(pods[0], six)
+	if err := errors.Join(pods[1].SetAddresses(four), pods[0].SetAddresses(other, six)); err != nil {
+		t.Fatal(err)
+	}
+	reach(pods[1], four)
+	reach(pods[0], other)
+	s := serve(t, pods[1], 7000)
+	spray, err := StartSpray(pods[0], SprayOptions{To: []netip.AddrPort{addrPort(four, s.Port)}, Rate: 200, Payload: []byte("x")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = Poll(t.Context(), "datagrams between pods", func() error {
+		if got := s.Sources()[other]; got < 10 || spray.Sent() < got {
+			return fmt.Errorf("%v, of %d sent, %d refused", s.Sources(), spray.Sent(), spray.Refused())
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := spray.Stop(); err != nil {
+		t.Error(err)
+	}
+	if _, err := StartSpray(pods[0], SprayOptions{}); err == nil {
+		t.Error("a spray to nobody has started")
 	}
 }
 

@@ -1,14 +1,10 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,60 +27,30 @@ func number(t *testing.T, name string, fallback uint64) uint64 {
 	return n
 }
 
-// A sandbox is a pod whose primary plugin is the test itself: an interface and
-// a prevResult. The addresses lie outside of the node's prefix, so that each ADD
-// and DEL has something to do in the kernel.
+// A sandbox is one whose addresses lie outside of the node's prefix, so that each
+// ADD and DEL has something to do in the kernel.
 type sandbox struct {
-	name string
-	addr [2]netip.Addr
+	*cluster.BarePod
 	live bool // what the store and the kernel must say in the end
 }
 
 const chaosSandboxes = 12
 
-func makeSandboxes(t *testing.T, n *cluster.Node) []*sandbox {
+func makeSandboxes(t *testing.T, n *cluster.Node, o cluster.NetworkOptions) []*sandbox {
 	t.Helper()
 	var out []*sandbox
 	for i := range chaosSandboxes {
-		s := &sandbox{name: fmt.Sprintf("s%d", i), addr: [2]netip.Addr{
-			netip.AddrFrom4([4]byte{10, 244, 99, byte(1 + i)}), netip.MustParseAddr(fmt.Sprintf("fd00:244:99::%x", 1+i)),
-		}}
-		run(t, n, "ip", "netns", "add", s.name)
-		run(t, n, "ip", "link", "add", "v"+s.name, "type", "veth", "peer", "name", "eth0", "netns", s.name)
-		out = append(out, s)
+		s, err := n.AddBarePod(t.Context(), fmt.Sprintf("s%d", i), o)
+		if err == nil {
+			addresses := cloudAddresses(1 + i)
+			err = s.SetAddresses(addresses[:]...)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, &sandbox{BarePod: s})
 	}
 	return out
-}
-
-func (s *sandbox) stanza(t *testing.T, c *cluster.Cluster) []byte {
-	t.Helper()
-	text, err := json.Marshal(map[string]any{
-		"cniVersion": "1.0.0", "name": cluster.NetworkName, "type": "wgcni",
-		"clusterCIDRs": []string{"10.244.0.0/16", "fd00:244::/32"},
-		"registry":     map[string]any{"type": "file", "path": c.RegistryFile()},
-		"prevResult": map[string]any{
-			"cniVersion": "1.0.0",
-			"interfaces": []any{map[string]any{"name": "eth0", "sandbox": cluster.NetnsPath(s.name)}},
-			"ips":        []any{map[string]any{"address": s.addr[0].String() + "/32", "interface": 0}, map[string]any{"address": s.addr[1].String() + "/128", "interface": 0}},
-		},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return text
-}
-
-// call runs the plugin; ctx's end is a SIGKILL.
-func (s *sandbox) call(ctx context.Context, t *testing.T, c *cluster.Cluster, n *cluster.Node, verb string) error {
-	t.Helper()
-	cmd := n.Command(ctx, filepath.Join(c.BinDir, "wgcni"))
-	cmd.Env = append(cmd.Env, "CNI_COMMAND="+verb, "CNI_CONTAINERID="+s.name, "CNI_NETNS="+cluster.NetnsPath(s.name), "CNI_IFNAME=eth0", "CNI_PATH="+c.BinDir)
-	cmd.Stdin = bytes.NewReader(s.stanza(t, c))
-	out, err := cmd.CombinedOutput()
-	if err != nil && ctx.Err() == nil {
-		return fmt.Errorf("%s %s: %w: %s", verb, s.name, err, out)
-	}
-	return nil
 }
 
 // Plugin and helper are killed at random moments; then one pass: the kernel equals
@@ -101,18 +67,18 @@ func TestKillAtRandomMoments(t *testing.T) {
 	flowing(t, bystander)
 	warm := bystander.Report().Lost
 
-	sandboxes := makeSandboxes(t, a)
+	sandboxes := makeSandboxes(t, a, cluster.NetworkOptions{})
 	helper := m.helpers[0]
 	for range rounds {
 		s := sandboxes[r.IntN(len(sandboxes))]
 		verb := []string{"ADD", "DEL"}[r.IntN(2)]
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(r.IntN(30_000))*time.Microsecond)
-		if err := s.call(ctx, t, m.Cluster, a, verb); err != nil {
+		if err := s.Call(ctx, verb); err != nil {
 			t.Fatal(err)
 		}
 		cancel()
 		if r.IntN(6) == 0 { // the runtime asks again until it has an answer
-			if err := s.call(t.Context(), t, m.Cluster, a, verb); err != nil {
+			if err := s.Call(t.Context(), verb); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -127,7 +93,7 @@ func TestKillAtRandomMoments(t *testing.T) {
 	for i, s := range sandboxes {
 		s.live = i%2 == 0
 		verb := map[bool]string{true: "ADD", false: "DEL"}[s.live]
-		if err := s.call(t.Context(), t, m.Cluster, a, verb); err != nil {
+		if err := s.Call(t.Context(), verb); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -152,7 +118,7 @@ func checkSandboxes(t *testing.T, n *cluster.Node, sandboxes []*sandbox) {
 	elements := run(t, n, "sh", "-c", "nft list set inet wgcni pods4; nft list set inet wgcni pods6")
 	words := strings.FieldsFunc(routes+" "+elements, func(r rune) bool { return strings.ContainsRune(" ,{}\n\t", r) })
 	for _, s := range sandboxes {
-		for _, addr := range s.addr {
+		for _, addr := range s.Addresses() {
 			count := 0
 			for _, w := range words {
 				if w == addr.String() {
@@ -160,7 +126,7 @@ func checkSandboxes(t *testing.T, n *cluster.Node, sandboxes []*sandbox) {
 				}
 			}
 			if want := map[bool]int{true: 2, false: 0}[s.live]; count != want {
-				t.Errorf("%s of sandbox %s (live: %v) stands in %d places, want a throw route and a set element (%d)", addr, s.name, s.live, count, want)
+				t.Errorf("%s of sandbox %s (live: %v) stands in %d places, want a throw route and a set element (%d)", addr, s.Name, s.live, count, want)
 			}
 		}
 	}
@@ -178,7 +144,7 @@ func checkSandboxes(t *testing.T, n *cluster.Node, sandboxes []*sandbox) {
 		t.Errorf("the store has %d pods, want %d", status.Pods, live)
 	}
 	if i := slices.IndexFunc(sandboxes, func(s *sandbox) bool { return s.live }); i >= 0 {
-		run(t, n, "ip", "netns", "delete", sandboxes[i].name) // its DEL never comes
+		run(t, n, "ip", "netns", "delete", sandboxes[i].Name) // its DEL never comes
 		sandboxes[i].live = false
 		err := cluster.Poll(t.Context(), "the sweep of a pod that lost its DEL", func() error {
 			s, err := n.Status(t.Context())

@@ -36,7 +36,7 @@ func nodesOn(more map[string]any) cluster.NetworkOptions {
 }
 
 // strictNodes are two nodes whose reverse path filters are strict, and which know
-// no neighbour: WireGuard's own packets and ARP have to pass them (felix#2781, #2820).
+// no neighbour: WireGuard's own packets and ARP have to pass them (felix#2781, felix#2820).
 func strictNodes(t *testing.T) *cluster.Cluster {
 	t.Helper()
 	c := cluster.NewT(t, 2)
@@ -126,7 +126,9 @@ func watchNodes(t *testing.T, c *cluster.Cluster) *cluster.Capture {
 }
 
 // Node to node, pod to node and node to pod, both ways: large and small packets
-// of every kind are encrypted, with a strict reverse path filter everywhere.
+// of every kind are encrypted, with a strict reverse path filter everywhere. The
+// answers are as well: elsewhere a node's replies to a pod left in the clear
+// (cilium#46864).
 func TestEncryptNodesTraffic(t *testing.T) {
 	m := join(t, strictNodes(t), nodesOn(nil))
 	a, b := m.Nodes[0], m.Nodes[1]

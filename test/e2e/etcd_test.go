@@ -334,7 +334,8 @@ func TestEtcdMembersKilledAtRandomMoments(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 3))
 	c := cluster.NewT(t, 3)
 	e := startEtcd(t, c, cluster.EtcdOptions{Members: 3})
-	m := join(t, c, withRegistry(e.Registry(nil)))
+	options := withRegistry(e.Registry(nil))
+	m := join(t, c, options)
 	serve(t, m.pods[1])
 	bystander := stream(t, m.pods[0], m.pods[1].IPv4(), streamRate)
 	flowing(t, bystander)
@@ -342,11 +343,11 @@ func TestEtcdMembersKilledAtRandomMoments(t *testing.T) {
 
 	// The same addresses on two nodes: a pod may move, even before its old node
 	// has noticed.
-	homes := [][]*sandbox{makeSandboxes(t, c.Nodes[0]), makeSandboxes(t, c.Nodes[1])}
+	homes := [][]*sandbox{makeSandboxes(t, c.Nodes[0], options), makeSandboxes(t, c.Nodes[1], options)}
 	for range rounds {
 		at := r.IntN(len(homes))
 		s := homes[at][r.IntN(chaosSandboxes)]
-		if err := s.call(t.Context(), t, c, c.Nodes[at], []string{"ADD", "DEL"}[r.IntN(2)]); err != nil {
+		if err := s.Call(t.Context(), []string{"ADD", "DEL"}[r.IntN(2)]); err != nil {
 			t.Fatal(err)
 		}
 		member := e.Members[r.IntN(len(e.Members))]
@@ -366,7 +367,7 @@ func TestEtcdMembersKilledAtRandomMoments(t *testing.T) {
 		for at, sandboxes := range homes {
 			for i, s := range sandboxes {
 				if s.live = i%3 == at; s.live == (verb == "ADD") {
-					if err := s.call(t.Context(), t, c, c.Nodes[at], verb); err != nil {
+					if err := s.Call(t.Context(), verb); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -423,7 +424,7 @@ func placed(ctx context.Context, c *cluster.Cluster, homes [][]*sandbox) error {
 					continue
 				}
 				for _, s := range sandboxes {
-					for _, addr := range s.addr {
+					for _, addr := range s.Addresses() {
 						if got := slices.ContainsFunc(p.AllowedIPs, func(q netip.Prefix) bool { return q.Contains(addr) }); got != s.live {
 							errs = append(errs, fmt.Errorf("%s: %s is allowed to %s: %v, want %v", n, addr, home, got, s.live))
 						}

@@ -13,22 +13,13 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-var podRanges = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
+var podRanges = cluster.PodRanges
 
-// routeAroundTunnel gives every node ordinary routes to the others' pods, as the
-// routing of any cluster does: whatever is not held back arrives in the clear.
+// routeAroundTunnel is [cluster.Cluster.RouteAround].
 func routeAroundTunnel(t *testing.T, c *cluster.Cluster) {
 	t.Helper()
-	for _, n := range c.Nodes {
-		for _, other := range c.Nodes {
-			if n == other {
-				continue
-			}
-			for i, p := range other.PodCIDRs() {
-				via := []netip.Addr{other.IPv4, other.IPv6}[i]
-				run(t, n, "ip", "route", "replace", p.String(), "via", via.String())
-			}
-		}
+	if err := c.RouteAround(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -252,6 +243,41 @@ func TestLastPacketsOfADeletedPod(t *testing.T) {
 				s4.Stop()
 				s6.Stop()
 			}
+			mustBeClean(t, capture)
+		})
+	}
+}
+
+// What was meant for a pod of this node that is gone finds none of its routes, and
+// would follow the node's others: decrypted already, or from the pod next door. So
+// it is before the DEL, when only the pod's link is gone, and after it.
+func TestPacketsForAPodThatIsGone(t *testing.T) {
+	for _, example := range []string{"bridge.conflist", "ptp.conflist"} {
+		t.Run(example, func(t *testing.T) {
+			m := newMesh(t, 2, 2, cluster.NetworkOptions{Example: example})
+			routeAroundTunnel(t, m.Cluster)
+			target := m.pods[3]
+			serve(t, target)
+			s4, s6 := stream(t, m.pods[0], target.IPv4(), 500), stream(t, m.pods[2], target.IPv6(), 500)
+			flowing(t, s4)
+			flowing(t, s6)
+			capture := watchUnderlay(t, m.Cluster)
+			unanswered := func() {
+				t.Helper()
+				for _, s := range []*cluster.Stream{s4, s6} {
+					sent(t, s, 250)
+				}
+			}
+			if _, err := target.Run(t.Context(), "ip", "link", "delete", target.IfName); err != nil {
+				t.Fatal(err)
+			}
+			unanswered()
+			if err := target.Delete(t.Context()); err != nil {
+				t.Error(err)
+			}
+			unanswered()
+			s4.Stop()
+			s6.Stop()
 			mustBeClean(t, capture)
 		})
 	}

@@ -171,7 +171,7 @@ func dropForwarded(ctx context.Context, b *bed) (func() error, error) {
 	remove := func() error {
 		return script(context.Background(), "$t -P FORWARD ACCEPT; $t -F; $t -X")
 	}
-	return remove, script(ctx, "$t -P FORWARD DROP; $t -N CNI-ADMIN; $t -A CNI-ADMIN -i wgcni0 -j ACCEPT")
+	return remove, script(ctx, "$t -P FORWARD DROP; $t -N CNI-ADMIN; $t -A CNI-ADMIN -i wgcni0+ -j ACCEPT")
 }
 
 // collectsGarbage: a pod whose DEL never comes, since the runtime has lost it.

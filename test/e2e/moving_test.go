@@ -223,8 +223,9 @@ func TestPodsSwap(t *testing.T) {
 	}
 }
 
-// The registry being away never keeps a pod from starting: ADD says what it means
-// for the pod, and the others hear of it later.
+// The registry being away never keeps a pod from starting, as a plugin does that
+// needs the API server (istio#55894): ADD says what it means for the pod, and the
+// others hear of it later.
 func TestPodOutsideThePrefixWithoutRegistry(t *testing.T) {
 	c := cluster.NewT(t, 2)
 	folder := filepath.Join(c.Shared, "registry")

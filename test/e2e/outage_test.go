@@ -48,19 +48,7 @@ const beyond = "10.244.101.0/24"
 func (p *patient) prepare(t *testing.T) {
 	t.Helper()
 	p.port = 51820
-	a := p.Nodes[0]
-	text, err := a.Conflist(cluster.NetworkOptions{
-		Stanza: map[string]any{"registry": p.registry},
-		Primary: map[string]any{"bridge": "cni1", "ipam": map[string]any{
-			"type": "host-local", "subnet": beyond, "routes": []any{map[string]any{"dst": "0.0.0.0/0"}},
-		}},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := a.WriteConflist("20-beyond.conflist", strings.Replace(text, `"name": "pods"`, `"name": "beyond"`, 1)); err != nil {
-		t.Fatal(err)
-	}
+	beyondNode(t, p.Nodes[0], map[string]any{"registry": p.registry})
 	serve(t, p.pods[1])
 }
 

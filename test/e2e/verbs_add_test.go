@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"reflect"
@@ -9,6 +11,9 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/test/cluster"
 )
@@ -315,4 +320,70 @@ func TestADDBeforeTheFirstRun(t *testing.T) {
 	if got := leases(t, a); len(got) != 2 {
 		t.Errorf("leases %v", got)
 	}
+}
+
+// TestADDBesideAnotherPlan: while an ADD applies the whole plan, the helper applies one
+// that it knows more for, as after flannel gave the node another range: an address that
+// the ADD's routes need goes as soon as it is there.
+func TestADDBesideAnotherPlan(t *testing.T) {
+	c := configured(t, 2, cluster.NetworkOptions{})
+	a := c.Nodes[0]
+	h := helperUp(t, a)
+	helperUp(t, c.Nodes[1])
+	if err := c.AwaitConverged(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	helperDown(t, h)
+	for i, unapplied := range []string{"10.245.0.0/16", "10.246.0.0/16", "10.247.0.0/16"} {
+		if err := a.Configure(cluster.NetworkOptions{Stanza: map[string]any{"clusterCIDRs": []string{"10.244.0.0/16", "fd00:244::/32", unapplied}}}); err != nil {
+			t.Fatal(err)
+		}
+		taken := takeFirstAddress(t, a)
+		p := addPod(t, a, cluster.NetworkName, fmt.Sprintf("beside%d", i), cluster.PodOptions{})
+		if err := <-taken; err != nil {
+			t.Error(err)
+		}
+		defer deletePod(t, p)
+	}
+	helperUp(t, a) // mends what went after the last route was set
+	if err := c.AwaitConverged(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// takeFirstAddress removes the IPv4 addresses of the node's tunnel, and the first that
+// comes. It then says that it did, or why not.
+func takeFirstAddress(t *testing.T, n *cluster.Node) <-chan error {
+	t.Helper()
+	updates, done, taken := make(chan netlink.AddrUpdate), make(chan struct{}), make(chan error, 1)
+	var rt *netlink.Handle
+	var link netlink.Link
+	err := n.Do(func() (err error) {
+		if rt, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+			return err
+		}
+		if link, err = rt.LinkByName(cluster.Interface); err != nil {
+			return err
+		}
+		old, err := rt.AddrList(link, netlink.FAMILY_V4)
+		for _, a := range old {
+			err = errors.Join(err, rt.AddrDel(link, &a))
+		}
+		return errors.Join(err, netlink.AddrSubscribe(updates, done))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer rt.Close()
+		for u := range updates {
+			if u.NewAddr && u.LinkIndex == link.Attrs().Index && u.LinkAddress.IP.To4() != nil {
+				close(done)
+				taken <- rt.AddrDel(link, &netlink.Addr{IPNet: &u.LinkAddress})
+				return
+			}
+		}
+		taken <- errors.New("no address came")
+	}()
+	return taken
 }

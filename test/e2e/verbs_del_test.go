@@ -238,7 +238,8 @@ func TestDELAlwaysSucceeds(t *testing.T) {
 	}
 }
 
-// TestDELWithoutAnything: neither a boot with a pod, nor a key, nor a folder.
+// TestDELWithoutAnything: neither a boot with a pod, nor a key, nor a folder, and
+// DEL makes none: the portmap plugin's took a lock with nothing to do.
 func TestDELWithoutAnything(t *testing.T) {
 	c := configured(t, 1, cluster.NetworkOptions{})
 	n := c.Nodes[0]

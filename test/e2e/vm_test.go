@@ -231,7 +231,7 @@ func TestVMReboot(t *testing.T) {
 	b.mustBeHeld(t, "while it has not started its helper", true, b.pods...)
 
 	machine := func() string {
-		return regexp.MustCompile(`(?m)^(private.key|peers.db.*|last.conflist)\n`).ReplaceAllString(machineState(t, b.vm), "")
+		return regexp.MustCompile(`(?m)^(private.key|next.key|rotation.json|peers.db.*|last.conflist)\n`).ReplaceAllString(machineState(t, b.vm), "")
 	}
 	before := machine()
 

@@ -46,7 +46,7 @@ Of these there is no test:
 	table(&b, Chained, "plugin", "what is looked at", userspace, kernel)
 	b.WriteString(`
 - Whoever lets ` + "`FORWARD`" + ` drop must accept what comes in by the tunnel; the firewall plugin has the chain ` + "`CNI-ADMIN`" + ` for that
-  (` + "`iptables -A CNI-ADMIN -i wgcni0 -j ACCEPT`" + `).
+  (` + "`iptables -A CNI-ADMIN -i wgcni0+ -j ACCEPT`" + `).
 `)
 	return b.String()
 }

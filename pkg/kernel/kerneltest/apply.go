@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
 	"github.com/wgcni/wgcni/pkg/mesh"
 )
 
@@ -47,17 +49,18 @@ func (k *Kernel) apply(o mesh.Op) error {
 	case mesh.ConfigureLink:
 		return k.configureLink(o.Link)
 	case mesh.SetLink:
-		if k.link.Name != o.Name {
+		d := k.device(o.Name)
+		if d == nil {
 			return errNoLink
 		}
-		k.link.MTU, k.link.Up = o.MTU, true
+		d.link.MTU, d.link.Up = o.MTU, true
 	case mesh.Greet:
-		if k.link.Name != o.Link {
+		if k.device(o.Link) == nil {
 			return errNoLink
 		}
 	case mesh.RemoveLink:
-		if k.link.Name == o.Name {
-			k.dropLink()
+		if d := k.device(o.Name); d != nil {
+			k.dropLink(d)
 		}
 	case mesh.AddAddress:
 		return k.addAddress(o)
@@ -80,7 +83,9 @@ func (k *Kernel) apply(o mesh.Op) error {
 	case mesh.SetPeer:
 		return k.setPeer(o)
 	case mesh.RemovePeer:
-		k.removePeer(o)
+		if d := k.device(o.Link); d != nil {
+			d.removePeer(o.PublicKey)
+		}
 	default:
 		return fmt.Errorf("kerneltest knows no %T", o)
 	}
@@ -107,32 +112,41 @@ func (k *Kernel) setFilterPods(o mesh.SetFilterPods) error {
 	return nil
 }
 
-// addLink tolerates that the link is there. One of another name would listen on
-// the same port.
+// addLink tolerates that the link is there. One of another name, that is not its
+// spare, would listen on the same port.
 func (k *Kernel) addLink(o mesh.AddLink) error {
-	switch k.link.Name {
-	case "":
-		k.link = mesh.Link{Name: o.Name, MTU: o.MTU}
-	case o.Name:
-	default:
+	d := &k.primary
+	switch primary := k.primary.link.Name; {
+	case k.device(o.Name) != nil:
+		return nil
+	case primary != "" && o.Name == mesh.SpareInterface(primary):
+		d = &k.spare
+	case primary != "":
 		return errInUse
 	}
+	*d = device{mesh.Link{Name: o.Name, MTU: o.MTU}, map[wgtypes.Key]mesh.Peer{}, map[netip.Prefix]wgtypes.Key{}}
 	return nil
 }
 
 // configureLink drops the peer that has the link's own key, as wg_set_device does.
 func (k *Kernel) configureLink(l mesh.Link) error {
-	if k.link.Name != l.Name {
+	d := k.device(l.Name)
+	if d == nil {
 		return errNoLink
 	}
-	k.link.PublicKey, k.link.ListenPort, k.link.FwMark = l.PublicKey, l.ListenPort, l.FwMark
-	k.removePeer(mesh.RemovePeer{Link: l.Name, PublicKey: l.PublicKey})
+	for _, other := range k.devices() {
+		if other != d && other.link.ListenPort == l.ListenPort && l.ListenPort != 0 {
+			return errInUse
+		}
+	}
+	d.link.PublicKey, d.link.ListenPort, d.link.FwMark = l.PublicKey, l.ListenPort, l.FwMark
+	d.removePeer(l.PublicKey)
 	return nil
 }
 
 func (k *Kernel) addAddress(o mesh.AddAddress) error {
 	switch {
-	case k.link.Name != o.Link:
+	case o.Link == "" || k.primary.link.Name != o.Link:
 		return errNoLink
 	case !o.Prefix.IsValid():
 		return errNoAddress
@@ -145,7 +159,7 @@ func (k *Kernel) addAddress(o mesh.AddAddress) error {
 // (fib_sync_down_addr; since Linux 6.2 the main table's alone, but older ones
 // are about), an IPv6 route's source (rt6_remove_prefsrc).
 func (k *Kernel) removeAddress(o mesh.RemoveAddress) {
-	if k.link.Name != o.Link || !k.addresses[o.Prefix] {
+	if k.primary.link.Name != o.Link || !k.addresses[o.Prefix] {
 		return
 	}
 	delete(k.addresses, o.Prefix)
@@ -171,15 +185,16 @@ func (k *Kernel) setRoute(o mesh.SetRoute) error {
 	}
 	made := route{Route: r}
 	if r.Type == mesh.ViaLink {
+		d := k.device(o.Link)
 		switch {
-		case o.Link == "" || k.link.Name != o.Link:
+		case d == nil:
 			return errNoLink
-		case !k.link.Up:
+		case !d.link.Up:
 			return errDown
 		case r.Source.IsValid() && !k.hasAddress(r.Source):
 			return errNoSource
 		}
-		made.dev = o.Link
+		made.dev, made.Plane = o.Link, mesh.Plane(d == &k.spare)
 	}
 	k.routes[keyOf(r)] = made
 	return nil
@@ -195,13 +210,14 @@ func (k *Kernel) hasAddress(a netip.Addr) bool {
 }
 
 func (k *Kernel) setPeer(o mesh.SetPeer) error {
-	if o.Link == "" || k.link.Name != o.Link {
+	d := k.device(o.Link)
+	if d == nil {
 		return errNoLink
 	}
-	if o.PublicKey == k.link.PublicKey {
+	if o.PublicKey == d.link.PublicKey {
 		return nil // silently, as set_peer in the kernel's netlink.c does
 	}
-	p := k.peers[o.PublicKey]
+	p := d.peers[o.PublicKey]
 	p.PublicKey = o.PublicKey
 	if o.PresharedKey != nil {
 		p.PresharedKey = *o.PresharedKey
@@ -212,29 +228,26 @@ func (k *Kernel) setPeer(o mesh.SetPeer) error {
 	if o.Keepalive != nil {
 		p.Keepalive = *o.Keepalive
 	}
-	k.peers[o.PublicKey] = p
+	d.peers[o.PublicKey] = p
 	for _, ip := range o.Remove {
-		if k.owners[ip] == o.PublicKey { // another's by now: its REMOVE_ME is for that peer alone
-			delete(k.owners, ip)
+		if d.owners[ip] == o.PublicKey { // another's by now: its REMOVE_ME is for that peer alone
+			delete(d.owners, ip)
 		}
 	}
 	for _, ip := range o.Add {
 		if ip != ip.Masked() {
 			return errUnmasked
 		}
-		k.owners[ip] = o.PublicKey // moves it
+		d.owners[ip] = o.PublicKey // moves it
 	}
 	return nil
 }
 
-func (k *Kernel) removePeer(o mesh.RemovePeer) {
-	if k.link.Name != o.Link {
-		return
-	}
-	delete(k.peers, o.PublicKey)
-	for ip, key := range k.owners {
-		if key == o.PublicKey {
-			delete(k.owners, ip)
+func (d *device) removePeer(key wgtypes.Key) {
+	delete(d.peers, key)
+	for ip, owner := range d.owners {
+		if owner == key {
+			delete(d.owners, ip)
 		}
 	}
 }

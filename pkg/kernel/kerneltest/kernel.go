@@ -41,16 +41,34 @@ type Kernel struct {
 	Own []netip.Addr
 
 	mu        sync.Mutex
-	link      mesh.Link
-	addresses map[netip.Prefix]bool
-	peers     map[wgtypes.Key]mesh.Peer    // without their allowed IPs
-	owners    map[netip.Prefix]wgtypes.Key // the allowed IPs: each has one peer
-	routes    map[routeKey]route           // ours and foreign ones
-	rules     map[mesh.Rule]bool           // true: foreign
+	primary   device
+	spare     device
+	addresses map[netip.Prefix]bool // of the primary
+	routes    map[routeKey]route    // ours and foreign ones
+	rules     map[mesh.Rule]bool    // true: foreign
 	filter    mesh.Filter
 
 	srcValidMark bool
 }
+
+// device is a WireGuard interface. The zero value is its absence.
+type device struct {
+	link   mesh.Link
+	peers  map[wgtypes.Key]mesh.Peer    // without their allowed IPs
+	owners map[netip.Prefix]wgtypes.Key // the allowed IPs: each has one peer
+}
+
+// device returns the interface of that name, or nil.
+func (k *Kernel) device(name string) *device {
+	for _, d := range k.devices() {
+		if d.link.Name == name && name != "" {
+			return d
+		}
+	}
+	return nil
+}
+
+func (k *Kernel) devices() []*device { return []*device{&k.primary, &k.spare} }
 
 type routeKey struct {
 	prefix        netip.Prefix
@@ -67,10 +85,8 @@ func keyOf(r mesh.Route) routeKey { return routeKey{r.Prefix, r.Table, r.Metric}
 
 // init makes the maps of a zero Kernel.
 func (k *Kernel) init() {
-	if k.peers == nil {
+	if k.routes == nil {
 		k.addresses = map[netip.Prefix]bool{}
-		k.peers = map[wgtypes.Key]mesh.Peer{}
-		k.owners = map[netip.Prefix]wgtypes.Key{}
 		k.routes = map[routeKey]route{}
 		k.rules = map[mesh.Rule]bool{}
 	}
@@ -85,18 +101,12 @@ func (k *Kernel) Observe() (mesh.State, error) {
 }
 
 func (k *Kernel) state() mesh.State {
-	s := mesh.State{Link: k.link, Filter: cloneFilter(k.filter), SrcValidMark: k.srcValidMark}
+	s := mesh.State{Link: k.primary.link, Filter: cloneFilter(k.filter), SrcValidMark: k.srcValidMark}
 	for p := range k.addresses {
 		s.Addresses = append(s.Addresses, p)
 	}
-	allowed := make(map[wgtypes.Key][]netip.Prefix, len(k.peers))
-	for p, key := range k.owners {
-		allowed[key] = append(allowed[key], p)
-	}
-	for key, p := range k.peers {
-		p.AllowedIPs = allowed[key]
-		s.Peers = append(s.Peers, p)
-	}
+	s.Peers = k.primary.list()
+	s.Spare = mesh.SpareLink{Link: k.spare.link, Peers: k.spare.list()}
 	for _, r := range k.routes {
 		if !r.foreign {
 			s.Routes = append(s.Routes, r.Route)
@@ -111,8 +121,21 @@ func (k *Kernel) state() mesh.State {
 	return s
 }
 
+func (d *device) list() (peers []mesh.Peer) {
+	allowed := make(map[wgtypes.Key][]netip.Prefix, len(d.peers))
+	for p, key := range d.owners {
+		allowed[key] = append(allowed[key], p)
+	}
+	for key, p := range d.peers {
+		p.AllowedIPs = allowed[key]
+		peers = append(peers, p)
+	}
+	return peers
+}
+
 func cloneFilter(f mesh.Filter) mesh.Filter {
 	f.Cluster, f.Guarded, f.Withheld, f.Local = slices.Clone(f.Cluster), slices.Clone(f.Guarded), slices.Clone(f.Withheld), slices.Clone(f.Local)
+	f.Behind = slices.Clone(f.Behind)
 	f.Pods, f.Exempt, f.Masqueraded = slices.Clone(f.Pods), slices.Clone(f.Exempt), slices.Clone(f.Masqueraded)
 	f.Nodes = cloneNodes(f.Nodes)
 	return f
@@ -140,11 +163,19 @@ func (k *Kernel) AddForeignRule(r mesh.Rule) {
 }
 
 // KillTunnel does what the death of a userspace tunnel's process does: the link
-// goes, and with it its addresses, its peers and the routes into it. All else stays.
+// goes, and with it its addresses, its peers and the routes into it. All else stays,
+// the spare link too.
 func (k *Kernel) KillTunnel() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.dropLink()
+	k.dropLink(&k.primary)
+}
+
+// KillSpare is KillTunnel, of the spare link.
+func (k *Kernel) KillSpare() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.dropLink(&k.spare)
 }
 
 // BreakFilter does what a stranger's `nft flush table` does: the filter's table
@@ -161,10 +192,7 @@ func (k *Kernel) BreakFilter() {
 func (k *Kernel) Roam(peer wgtypes.Key, endpoint netip.AddrPort, at time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if p, ok := k.peers[peer]; ok {
-		p.Endpoint, p.LastHandshake = endpoint, at
-		k.peers[peer] = p
-	}
+	k.change(peer, func(p *mesh.Peer) { p.Endpoint, p.LastHandshake = endpoint, at })
 }
 
 // Hear lets that many bytes more have come from a peer. It does nothing where
@@ -172,37 +200,51 @@ func (k *Kernel) Roam(peer wgtypes.Key, endpoint netip.AddrPort, at time.Time) {
 func (k *Kernel) Hear(peer wgtypes.Key, bytes int64) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if p, ok := k.peers[peer]; ok {
-		p.ReceiveBytes += bytes
-		k.peers[peer] = p
+	k.change(peer, func(p *mesh.Peer) { p.ReceiveBytes += bytes })
+}
+
+// change changes a peer, of whichever interface.
+func (k *Kernel) change(peer wgtypes.Key, to func(*mesh.Peer)) {
+	for _, d := range k.devices() {
+		if p, ok := d.peers[peer]; ok {
+			to(&p)
+			d.peers[peer] = p
+		}
 	}
 }
 
 // Received is how many bytes have come from each peer. It fails without a link.
-func (k *Kernel) Received() (map[wgtypes.Key]int64, error) {
+func (k *Kernel) Received() (map[wgtypes.Key]int64, error) { return k.ReceivedOn(mesh.Primary) }
+
+// ReceivedOn is Received, of a plane's link.
+func (k *Kernel) ReceivedOn(plane mesh.Plane) (map[wgtypes.Key]int64, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.link.Name == "" {
+	d := &k.primary
+	if plane == mesh.Spare {
+		d = &k.spare
+	}
+	if d.link.Name == "" {
 		return nil, os.ErrNotExist
 	}
 	out := map[wgtypes.Key]int64{}
-	for key, p := range k.peers {
+	for key, p := range d.peers {
 		out[key] = p.ReceiveBytes
 	}
 	return out, nil
 }
 
-// dropLink removes the link with all that depends on it.
-func (k *Kernel) dropLink() {
-	k.link = mesh.Link{}
-	clear(k.addresses)
-	clear(k.peers)
-	clear(k.owners)
+// dropLink removes a link with all that depends on it.
+func (k *Kernel) dropLink(d *device) {
 	for key, r := range k.routes {
-		if !r.foreign && r.Type == mesh.ViaLink {
+		if !r.foreign && r.Type == mesh.ViaLink && r.dev == d.link.Name {
 			delete(k.routes, key)
 		}
 	}
+	if d == &k.primary {
+		clear(k.addresses)
+	}
+	*d = device{}
 }
 
 // Apply does the ops in their order and stops at the first that fails. The

@@ -2,6 +2,7 @@ package kerneltest
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -18,16 +19,8 @@ func (k *Kernel) String() string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	s := k.state()
-	if l := s.Link; l.Name != "" {
-		line("ip link %s mtu %d %s", l.Name, l.MTU, map[bool]string{true: "up", false: "down"}[l.Up])
-		for _, p := range s.Addresses {
-			line("ip address %s dev %s", p, l.Name)
-		}
-		line("wg %s public-key %s listen-port %d fwmark %#x", l.Name, k.name(l.PublicKey), l.ListenPort, l.FwMark)
-	}
-	for _, p := range s.Peers {
-		line("wg %s peer %s", s.Link.Name, k.peer(p))
-	}
+	k.printLink(line, s.Link, s.Addresses, s.Peers)
+	k.printLink(line, s.Spare.Link, nil, s.Spare.Peers)
 	all := mesh.State{}
 	for _, r := range k.routes {
 		all.Routes = append(all.Routes, r.Route)
@@ -49,6 +42,20 @@ func (k *Kernel) String() string {
 	return b.String()
 }
 
+func (k *Kernel) printLink(line func(string, ...any), l mesh.Link, addresses []netip.Prefix, peers []mesh.Peer) {
+	if l.Name == "" {
+		return
+	}
+	line("ip link %s mtu %d %s", l.Name, l.MTU, map[bool]string{true: "up", false: "down"}[l.Up])
+	for _, p := range addresses {
+		line("ip address %s dev %s", p, l.Name)
+	}
+	line("wg %s public-key %s listen-port %d fwmark %#x", l.Name, k.name(l.PublicKey), l.ListenPort, l.FwMark)
+	for _, p := range peers {
+		line("wg %s peer %s", l.Name, k.peer(p))
+	}
+}
+
 func (k *Kernel) printFilter(line func(string, ...any)) {
 	f := k.filter
 	if f.Interface == "" {
@@ -67,6 +74,7 @@ func (k *Kernel) printFilter(line func(string, ...any)) {
 	set(line, "local", f.Local)
 	set(line, "pods", f.Pods)
 	set(line, "exempt", f.Exempt)
+	set(line, "behind", f.Behind)
 	set(line, "masqueraded", f.Masqueraded)
 	if f.Nodes.Mark != 0 {
 		line("nft nodes mark %#x direct %v", f.Nodes.Mark, f.Nodes.DirectPorts)

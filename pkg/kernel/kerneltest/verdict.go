@@ -40,10 +40,12 @@ func (k *Kernel) Verdict(src, dst netip.Addr) string {
 		return Dropped
 	case r.dev == Uplink:
 		return Plaintext
-	case r.dev != k.link.Name:
+	}
+	d := k.device(r.dev)
+	if d == nil {
 		return Local
 	}
-	peer, ok := k.peers[k.owner(dst)]
+	peer, ok := d.peers[d.owner(dst)]
 	if !ok || !peer.Endpoint.IsValid() { // ENOKEY, EDESTADDRREQ
 		return Unreachable
 	}
@@ -84,20 +86,20 @@ func (k *Kernel) inTable(table int, dst netip.Addr) (best route, found bool) {
 }
 
 // owner is WireGuard's lookup among the allowed IPs; the zero key is nobody's.
-func (k *Kernel) owner(dst netip.Addr) wgtypes.Key {
+func (d *device) owner(dst netip.Addr) wgtypes.Key {
 	var best netip.Prefix
-	for p := range k.owners {
+	for p := range d.owners {
 		if p.Contains(dst) && (!best.IsValid() || p.Bits() > best.Bits()) {
 			best = p
 		}
 	}
-	return k.owners[best]
+	return d.owners[best]
 }
 
 // filtered says whether the filter drops a packet that leaves by dev.
 func (k *Kernel) filtered(src, dst netip.Addr, dev string) bool {
 	f := k.filter
-	return f.Interface != "" && !f.Broken && dev != f.Interface && contains(f.Cluster, src) && contains(f.Guarded, dst) &&
+	return f.Interface != "" && !f.Broken && dev != f.Interface && dev != mesh.SpareInterface(f.Interface) && contains(f.Cluster, src) && contains(f.Guarded, dst) &&
 		!contains(f.Local, dst) && !slices.Contains(f.Pods, dst) && !slices.Contains(f.Exempt, dst)
 }
 

@@ -12,9 +12,10 @@ import (
 type bind struct {
 	conn.Bind
 	crossing *crossing
+	six      *twin
 }
 
-func newBind(b conn.Bind) bind { return bind{b, newCrossing()} }
+func newBind(b conn.Bind) bind { return bind{b, newCrossing(), &twin{}} }
 
 // Open is called again after Close.
 func (b bind) Open(port uint16) (fns []conn.ReceiveFunc, actual uint16, err error) {
@@ -22,6 +23,7 @@ func (b bind) Open(port uint16) (fns []conn.ReceiveFunc, actual uint16, err erro
 	if err != nil {
 		return nil, 0, err
 	}
+	b.six.follow(b.Bind)
 	for i := range fns {
 		fns[i] = b.crossing.watch(fns[i])
 	}
@@ -44,7 +46,7 @@ func (b bind) Close() error {
 // own; what moves without an error is found by the next handshake that fails.
 func (b bind) Send(bufs [][]byte, to conn.Endpoint) error {
 	b.crossing.sent(bufs, to)
-	err := b.Bind.Send(bufs, to)
+	err := b.of(to).Send(bufs, to)
 	if err == nil {
 		return nil
 	}
@@ -62,5 +64,13 @@ func (b bind) Send(bufs [][]byte, to conn.Endpoint) error {
 	if perr != nil {
 		return err
 	}
-	return b.Bind.Send(bufs, anew)
+	return b.of(anew).Send(bufs, anew)
+}
+
+// of is the bind that sends to an endpoint; see twin.
+func (b bind) of(to conn.Endpoint) conn.Bind {
+	if b.six.Bind != nil && to.DstIP().Is6() {
+		return b.six.Bind
+	}
+	return b.Bind
 }

@@ -5,10 +5,11 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"time"
 
-	"github.com/google/renameio/v2"
+	"github.com/wgcni/wgcni/pkg/durable"
 )
 
 // Counts are what a tunnel process has counted since it was started, for WireGuard
@@ -25,11 +26,13 @@ const countsEnv = "WGCNI_TUNNEL_COUNTS"
 // countsEvery is how often that file is written at most.
 const countsEvery = time.Second
 
-func countsPath(dir string) string { return filepath.Join(dir, "tunnel.json") }
+func countsPath(logFile string) string {
+	return strings.TrimSuffix(logFile, filepath.Ext(logFile)) + ".json"
+}
 
-// ReadCounts reads what the tunnel process has counted that logs to this folder.
-func ReadCounts(dir string) (c Counts, err error) {
-	text, err := os.ReadFile(countsPath(dir))
+// ReadCounts reads what the tunnel process has counted that logs to this file.
+func ReadCounts(logFile string) (c Counts, err error) {
+	text, err := os.ReadFile(countsPath(logFile))
 	if err != nil {
 		return c, err
 	}
@@ -63,7 +66,7 @@ func (c *counter) keep(ctx context.Context, path string, every time.Duration) {
 	for {
 		text, err := json.Marshal(Counts{UnallowedSource: c.unallowed.Load()})
 		if err == nil { // what cannot be written now is tried again with the next one
-			_ = renameio.WriteFile(path, append(text, '\n'), 0o600, renameio.WithTempDir(filepath.Dir(path)))
+			_ = durable.Replace(path, append(text, '\n'), 0o600)
 		}
 		select {
 		case <-ctx.Done():

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -20,8 +21,8 @@ import (
 // should it word that in another way, this fails.
 func TestCountUnallowed(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	counter, dir := newCounter(), t.TempDir()
-	path := countsPath(dir)
+	counter, logs := newCounter(), filepath.Join(t.TempDir(), "tunnel.log")
+	path := countsPath(logs)
 	if err := os.WriteFile(path, []byte(`{"unallowedSource": 99}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +78,7 @@ func TestCountUnallowed(t *testing.T) {
 	send("10.0.0.1", "10.0.0.2")
 	arrive() // behind the others
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		c, err := ReadCounts(dir)
+		c, err := ReadCounts(logs)
 		if err == nil && c.UnallowedSource == 3 {
 			break
 		}

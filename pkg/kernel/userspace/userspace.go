@@ -17,7 +17,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -45,7 +44,8 @@ const Command = "tunnel"
 
 // Start starts this very program once more, as `wgcnid tunnel NAME MTU` in a
 // session of its own, and returns when the interface can be configured. What
-// the process has to say goes to logFile, and what it counts into the same folder.
+// the process has to say goes to logFile, and what it counts to a file of
+// the same name that ends in .json.
 func Start(name string, mtu int, logFile string) error {
 	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -59,7 +59,7 @@ func Start(name string, mtu int, logFile string) error {
 	defer r.Close()
 	cmd := exec.Command(self(), Command, name, strconv.Itoa(mtu))
 	cmd.Args[0] = "wgcnid"
-	cmd.Env = append(os.Environ(), readyEnv+"=1", countsEnv+"="+countsPath(filepath.Dir(logFile)))
+	cmd.Env = append(os.Environ(), readyEnv+"=1", countsEnv+"="+countsPath(logFile))
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Dir = "/"
@@ -119,7 +119,7 @@ func Run(ctx context.Context, name string, mtu int, logs *log.Logger) error {
 		return fmt.Errorf("open the control socket of %s: %w", name, err)
 	}
 	counter := newCounter()
-	wg := device.NewDevice(dev, newBind(conn.NewDefaultBind()), &device.Logger{
+	wg := device.NewDevice(checked{dev}, newBind(conn.NewDefaultBind()), &device.Logger{
 		Verbosef: counter.verbosef,
 		Errorf:   logs.Printf,
 	})

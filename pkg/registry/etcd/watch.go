@@ -31,7 +31,7 @@ import (
 // stream, and comes every WithProbeInterval as long as the stream is silent.
 func (s *Store) Watch(ctx context.Context) <-chan registry.Change {
 	out := make(chan registry.Change)
-	w := &watch{s: s, states: make(chan registry.Change)}
+	w := &watch{s: s, states: make(chan registry.Change), differ: map[string]bool{}}
 	s.mu.Lock()
 	s.watches[w] = struct{}{}
 	s.mu.Unlock()
@@ -85,7 +85,8 @@ type watch struct {
 	steady bool // no change is missing from items but what is on its way
 
 	bytes   int              // of items
-	entries registry.Entries // items as they were handed out, nil if they have changed
+	entries registry.Entries // items as they were handed out, nil if all may have changed
+	differ  map[string]bool  // the names by which items differ from entries
 	at      int64            // items are those of this revision
 	listed  bool             // items go on from at; else etcd must be asked for all of them
 	history history
@@ -161,11 +162,23 @@ func (w *watch) tell(ctx context.Context, c registry.Change) {
 	}
 }
 
-// tellItems hands out a map of its own for every state, since readers keep them.
+// tellItems hands out a map of its own for every state, since readers keep them. To
+// copy one takes a tenth of the time in which one of thousands is made.
 func (w *watch) tellItems(ctx context.Context) {
-	if w.entries == nil {
+	switch {
+	case w.entries == nil:
 		w.entries = entriesOf(w.items)
+	case len(w.differ) > 0:
+		w.entries = maps.Clone(w.entries)
+		for name := range w.differ {
+			if now, there := w.items[name]; there {
+				w.entries[name] = now.value
+			} else {
+				delete(w.entries, name)
+			}
+		}
 	}
+	clear(w.differ)
 	w.tell(ctx, registry.Change{Entries: w.entries})
 }
 
@@ -400,7 +413,7 @@ func (w *watch) take(ctx context.Context, resp *etcdserverpb.WatchResponse) erro
 		w.at = max(w.at, resp.Header.GetRevision()) // a progress notification
 	}
 	w.history.revision = max(w.history.revision, resp.Header.GetRevision())
-	if w.entries == nil {
+	if w.entries == nil || len(w.differ) > 0 {
 		w.tellItems(ctx)
 	}
 	return nil
@@ -418,7 +431,7 @@ func (w *watch) apply(event *mvccpb.Event) {
 	if event.Type == mvccpb.Event_DELETE {
 		delete(w.items, name)
 		if known {
-			w.entries = nil
+			w.differ[name] = true
 		}
 		return
 	}
@@ -426,6 +439,6 @@ func (w *watch) apply(event *mvccpb.Event) {
 	w.items[name] = now
 	w.bytes += len(name) + len(now.value)
 	if !known || !bytes.Equal(before.value, now.value) {
-		w.entries = nil
+		w.differ[name] = true
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/wgcni/wgcni/pkg/registry"
+
 	"github.com/wgcni/wgcni/pkg/registry/registrytest"
 )
 
@@ -13,7 +15,7 @@ import (
 func benchMesh(b *testing.B, nodes int) handle {
 	b.Helper()
 	r := open(filepath.Join(b.TempDir(), "mesh.json"))
-	doc := document{nodes: map[string]json.RawMessage{}}
+	doc := document{nodes: registry.Entries{}}
 	for i := range nodes {
 		name := fmt.Sprintf("node-%d", i)
 		data, err := json.MarshalIndent(registrytest.Record(name, 1), "    ", "  ")

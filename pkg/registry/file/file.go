@@ -12,6 +12,7 @@
 package file
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,6 +20,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -27,6 +29,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 	"github.com/google/renameio/v2"
 
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/registry"
 )
 
@@ -60,6 +63,8 @@ type Store struct {
 	// seen is set once the document has been read: from then on its absence
 	// is an error.
 	seen atomic.Bool
+	// safe is the document that is known to be durable, name and all; nil for none.
+	safe atomic.Pointer[fs.FileInfo]
 }
 
 // Option changes how a Store works.
@@ -101,15 +106,15 @@ func (r *Store) Entries(ctx context.Context) (registry.Entries, error) {
 	if err != nil {
 		return nil, err
 	}
-	return doc.entries(), nil
+	return doc.nodes, nil
 }
 
 // Update implements registry.Store. What is stored is the same JSON, indented.
 func (r *Store) Update(ctx context.Context, name string, change func([]byte) ([]byte, error)) error {
 	// Most changes turn out to be none. They shall not queue for the lock.
-	if doc, _, err := r.load(); err == nil && ctx.Err() == nil {
+	if doc, info, err := r.load(); err == nil && ctx.Err() == nil {
 		if record, err := change(doc.nodes[name]); err == nil && record == nil {
-			return nil
+			return r.settle(info)
 		}
 	}
 	lock, err := r.lock(ctx)
@@ -123,7 +128,7 @@ func (r *Store) Update(ctx context.Context, name string, change func([]byte) ([]
 // put does the work of Update while lock is held.
 func (r *Store) put(ctx context.Context, lock *os.File, name string, change func([]byte) ([]byte, error)) error {
 	r.removeLeftovers()
-	doc, _, err := r.load()
+	doc, info, err := r.load()
 	switch {
 	case errors.Is(err, ErrDamaged):
 		if err := r.moveAside(); err != nil {
@@ -134,8 +139,11 @@ func (r *Store) put(ctx context.Context, lock *os.File, name string, change func
 		return err
 	}
 	record, err := change(doc.nodes[name])
-	if err != nil || record == nil {
+	if err != nil {
 		return err
+	}
+	if record == nil {
+		return r.settle(info)
 	}
 	data, err := doc.with(name, record)
 	if err != nil {
@@ -156,18 +164,28 @@ func (r *Store) put(ctx context.Context, lock *os.File, name string, change func
 }
 
 // load reads and parses the document, and returns the FileInfo that it had.
-func (r *Store) load() (document, fs.FileInfo, error) {
+func (r *Store) load() (document, fs.FileInfo, error) { return r.loadAgain(&reading{}) }
+
+// reading is what a reader keeps from one look at the document to the next.
+type reading struct {
+	buffer  []byte
+	entries registry.Entries
+}
+
+// loadAgain is load for one who has read it before.
+func (r *Store) loadAgain(last *reading) (document, fs.FileInfo, error) {
 	// The mark comes after the first document. So whoever sees the mark first and
 	// then no document knows that it was taken away.
 	begun := r.seen.Load() || r.marked()
-	data, info, err := r.read()
+	data, info, err := r.read(last.buffer)
+	last.buffer = data
 	if errors.Is(err, fs.ErrNotExist) {
 		return document{}, nil, r.absent(begun)
 	}
 	if err != nil {
 		return document{}, info, err
 	}
-	doc, err := parse(data)
+	doc, err := parseAgain(data, last.entries)
 	switch {
 	case errors.Is(err, ErrVersion):
 		return document{}, info, fmt.Errorf("registry file %s: %w; upgrade wgcni on this node", r.path, err)
@@ -175,6 +193,7 @@ func (r *Store) load() (document, fs.FileInfo, error) {
 		return document{}, info, r.damaged(err.Error())
 	}
 	r.seen.Store(true)
+	last.entries = doc.nodes
 	return doc, info, nil
 }
 
@@ -215,7 +234,8 @@ func (r *Store) open() (*os.File, fs.FileInfo, error) {
 	return f, info, nil
 }
 
-func (r *Store) read() ([]byte, fs.FileInfo, error) {
+// read uses the buffer if it is large enough.
+func (r *Store) read(buffer []byte) ([]byte, fs.FileInfo, error) {
 	f, info, err := r.open()
 	if err != nil {
 		return nil, nil, err
@@ -228,11 +248,11 @@ func (r *Store) read() ([]byte, fs.FileInfo, error) {
 		return nil, info, r.damaged(fmt.Sprintf("%d bytes, at most %d are read", info.Size(), maxFileBytes))
 	}
 	// Should it grow meanwhile, the rest is cut off, and the next read sees all of it.
-	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes))
-	if err != nil {
+	data := bytes.NewBuffer(slices.Grow(buffer[:0], int(info.Size())+bytes.MinRead))
+	if _, err := data.ReadFrom(io.LimitReader(f, maxFileBytes)); err != nil {
 		return nil, info, fmt.Errorf("registry file: %w", err)
 	}
-	return data, info, nil
+	return data.Bytes(), info, nil
 }
 
 // replace makes data the document, durably.
@@ -256,15 +276,25 @@ func (r *Store) replace(data []byte) error {
 	return syncFolder(folder)
 }
 
-// syncFolder makes a rename durable (fsync(2): the entry in the directory needs
-// an fsync of its own). Some network file systems have no such call.
-func syncFolder(folder string) error {
-	d, err := os.Open(folder)
-	if err != nil {
-		return fmt.Errorf("registry folder: %w", err)
+// settle makes sure that a document which was read is durable: the writer who has
+// put it there may have been killed before it came to that, and whoever is told that
+// its record is there relies on it. Info is nil where there is no document.
+func (r *Store) settle(info fs.FileInfo) error {
+	if info == nil {
+		return nil
 	}
-	defer d.Close()
-	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
+	if safe := r.safe.Load(); safe != nil && durable.Unchanged(*safe, info) {
+		return nil
+	}
+	if err := syncFolder(filepath.Dir(r.path)); err != nil {
+		return err
+	}
+	r.safe.Store(&info)
+	return nil
+}
+
+func syncFolder(folder string) error {
+	if err := durable.SyncFolder(folder); err != nil {
 		return fmt.Errorf("registry folder: %w", err)
 	}
 	return nil
@@ -279,14 +309,35 @@ func (r *Store) moveAside() error {
 		if _, err := os.Lstat(aside); err == nil {
 			continue
 		}
-		if err := os.Link(r.path, aside); err == nil {
+		if r.linked() {
+			return nil // by a writer who was killed after it
+		}
+		err := os.Link(r.path, aside)
+		if err == nil {
 			return nil
+		}
+		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) { // nor would there be room for a new one
+			return fmt.Errorf("move the damaged registry file aside: %w", err)
 		}
 		if err := os.Rename(r.path, aside); err != nil {
 			return fmt.Errorf("move the damaged registry file aside: %w", err)
 		}
 		return nil
 	}
+}
+
+// linked reports whether the damaged file has a second name beside it already.
+func (r *Store) linked() bool {
+	info, err := os.Lstat(r.path)
+	if err != nil {
+		return false
+	}
+	folder, base := filepath.Dir(r.path), filepath.Base(r.path)
+	entries, _ := os.ReadDir(folder)
+	return slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+		there, err := os.Lstat(filepath.Join(folder, e.Name()))
+		return strings.HasPrefix(e.Name(), base+".damaged-") && err == nil && os.SameFile(info, there)
+	})
 }
 
 // removeLeftovers deletes what writers that were killed left behind. Under the

@@ -4,7 +4,11 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"maps"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/wgcni/wgcni/pkg/registry"
 	"github.com/wgcni/wgcni/pkg/registry/registrytest"
@@ -61,6 +65,74 @@ func FuzzDocument(f *testing.F) {
 			t.Errorf("truncated, but error %v", err)
 		}
 	})
+}
+
+// FuzzParseAgain: whatever the file held before, and holds now, comparing the two
+// finds the same as reading it anew.
+func FuzzParseAgain(f *testing.F) {
+	write := func(nodes registry.Entries) []byte {
+		text, err := document{nodes}.encode()
+		if err != nil {
+			f.Fatal(err)
+		}
+		return text
+	}
+	three := registry.Entries{"a": []byte(`{"revision": 1}`), "b": []byte(`1`), "c": []byte(`"x"`)}
+	before := write(three)
+	f.Add(before, before)
+	for name, value := range map[string]string{"b": `12`, "a": `{"revision": 2}`, "d": `[]`, "a.b": `null`, "\u00e9\"": `{}`} {
+		next := maps.Clone(three)
+		next[name] = []byte(value)
+		f.Add(before, write(next))
+		f.Add(write(next), before)
+		f.Add(before, write(next)[:60])
+		f.Add(before, append(write(next), ' '))
+	}
+	f.Add(before, []byte(opening+indent+`"a": 1,`+indent+`"a": {"revision": 1}`+closing))
+	f.Add(before, []byte(opening+indent+`"a": 1 `+closing))
+	f.Add(before, []byte(opening+closing))
+	f.Add(before, []byte(opening+indent+`"d": `+closing))
+	f.Fuzz(func(t *testing.T, before, now []byte) {
+		old, err := parse(before)
+		if err != nil {
+			return
+		}
+		got, ok := compareAgain(now, old.nodes)
+		if !ok {
+			return // it is left to parse
+		}
+		want, err := parse(now)
+		if err != nil {
+			t.Fatalf("compared, but it cannot be parsed: %v", err)
+		}
+		if diff := cmp.Diff(want.nodes, got); diff != "" {
+			t.Errorf("compared (-parsed +compared):\n%s", diff)
+		}
+	})
+}
+
+// A change of one record is one that is compared, and shares all others.
+func TestCompareAgain(t *testing.T) {
+	doc := document{registry.Entries{}}
+	for i := range 50 {
+		doc.nodes[fmt.Sprintf("node-%02d", i)] = fmt.Appendf(nil, "{\n      \"revision\": %d\n    }", i)
+	}
+	text, err := doc.with("node-20", []byte(`{"revision":100}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nodes, ok := compareAgain(text, doc.nodes)
+	if !ok {
+		t.Fatalf("not compared:\n%s", text)
+	}
+	for name, raw := range nodes {
+		if same := &raw[0] == &doc.nodes[name][0]; same == (name == "node-20") {
+			t.Errorf("%s is the same bytes: %v", name, same)
+		}
+	}
+	if want, err := parse(text); err != nil || cmp.Diff(want.nodes, nodes) != "" {
+		t.Errorf("error %v; (-parsed +compared):\n%s", err, cmp.Diff(want.nodes, nodes))
+	}
 }
 
 func compact(t *testing.T, raw []byte) []byte {

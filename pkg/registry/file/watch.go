@@ -12,6 +12,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
+	"github.com/wgcni/wgcni/pkg/durable"
 	"github.com/wgcni/wgcni/pkg/registry"
 )
 
@@ -41,6 +42,7 @@ type watch struct {
 
 	info    fs.FileInfo // the file when it was last read; nil if there was none
 	settled bool        // see poll
+	last    reading
 }
 
 func (w *watch) run(ctx context.Context, out chan<- registry.Change) {
@@ -131,23 +133,19 @@ func (w *watch) poll() {
 	if err == nil {
 		_ = f.Close()
 	}
-	same := sameFile(info, w.info)
+	same := durable.Unchanged(w.info, info)
 	if same && w.settled {
 		return
 	}
 	w.read()
-	w.settled = same && sameFile(info, w.info)
+	w.settled = same && durable.Unchanged(w.info, info)
 }
 
 func (w *watch) read() {
-	doc, info, err := w.r.load()
+	doc, info, err := w.r.loadAgain(&w.last)
 	w.info, w.settled = info, false
 	w.present = registry.Change{Err: err}
 	if err == nil {
-		w.present.Entries = doc.entries()
+		w.present.Entries = doc.nodes
 	}
-}
-
-func sameFile(a, b fs.FileInfo) bool {
-	return a != nil && b != nil && os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
 }

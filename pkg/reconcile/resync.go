@@ -1,0 +1,95 @@
+package reconcile
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wgcni/wgcni/pkg/config"
+	"github.com/wgcni/wgcni/pkg/identity"
+)
+
+// WireGuard tells nobody when its peers change, nor does the kernel when a sysctl
+// does: that takes a look. A look costs what the mesh is large, so a small one is
+// looked at twice a second, and one of thousands of nodes every 10 s.
+const (
+	resyncLeast = 500 * time.Millisecond
+	resyncMost  = 10 * time.Second
+	// resyncShare bounds what looking costs to one part in so many of a CPU.
+	resyncShare = 50
+)
+
+// untilResync is the pause after a look at everything that cost so much of a CPU.
+func (l *Loop) untilResync(cost time.Duration) time.Duration {
+	if l.Resync != 0 {
+		return l.Resync
+	}
+	return min(max(resyncShare*cost, resyncLeast), resyncMost)
+}
+
+// cpuTime is what this process has used so far. A machine that is busy with other
+// things makes a look take long, and no dearer.
+func cpuTime() time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// resync looks at everything anew.
+func (l *Loop) resync(ctx context.Context) {
+	l.observed = nil
+	if c, err := l.reload(); err == nil {
+		c.RunDir, c.StateDir = l.config.RunDir, l.config.StateDir // they need a restart
+		l.config, l.configError = c, ""
+	} else if l.configError != err.Error() { // else it would be said at every resync
+		l.Log.Warn("configuration cannot be read; going on with the last one", "error", err)
+		l.configError = err.Error()
+	}
+	if err := l.readSecrets(); err != nil {
+		if l.secretsError != err.Error() { // else it would be said at every resync
+			l.Log.Error("the cluster's secrets cannot be read; going on with the last ones", "error", err)
+		}
+		l.secretsError = err.Error()
+	} else {
+		l.secretsError = ""
+	}
+	l.lookBelow()
+	l.sweep(ctx)
+}
+
+// reload reads the configuration anew. Where the conflist of this network is damaged,
+// that of another one is not taken in its place: this node's pods would be lost to the
+// others for as long.
+func (l *Loop) reload() (config.Config, error) {
+	c, err := l.Load()
+	if err == nil && c.PassedOver != "" && c.Name != l.config.Name {
+		err = fmt.Errorf("%s is not valid JSON, and the next conflist is of another network, %s", c.PassedOver, c.Name)
+	}
+	return c, err
+}
+
+// readSecrets reads the cluster's secrets, and where they or what they are good
+// for have changed looks at every record anew, at those of the disk too.
+func (l *Loop) readSecrets() error {
+	trust, err := ReadTrust(l.config)
+	if err != nil {
+		return err
+	}
+	if l.pairs != nil && trust.Equal(l.trust) {
+		return nil
+	}
+	l.trust, l.pairs = trust, identity.NewPairs(l.Keys.Current, trust.Secrets)
+	l.Registry.SetTrust(trust)
+	for name, r := range l.known.Records.Nodes {
+		if err := trust.Check(*r); err != nil {
+			delete(l.known.Records.Nodes, name)
+			l.planner.members.note(name)
+			l.Log.Warn("a record that was known is no longer trusted", "error", err)
+		}
+	}
+	return nil
+}
