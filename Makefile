@@ -7,9 +7,11 @@ LDFLAGS  := -s -w -X github.com/wgcni/wgcni/pkg/version.version=$(VERSION)
 GOLANGCI := v2.15.0
 GOFUMPT  := v0.12.0
 FUZZTIME ?= 30s
+CHAOSTIME ?= 20m
+CHAOSJOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-test build man tools flannel containerd demo test test-kernel matrix lint fmt fuzz bench bench-kernel cover clean
+.PHONY: help deps deps-test build man tools flannel containerd demo test test-kernel matrix chaos lint fmt fuzz bench bench-kernel cover clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +61,10 @@ matrix: deps-test build tools flannel ## Test wgcni beside other plugins (root) 
 	WGCNI_MATRIX=$(CURDIR)/test/e2e/testdata/matrix $(GO) test -count=1 -run '^TestMatrix$$' ./test/e2e
 	$(GO) run ./scripts/matrix
 
+chaos: deps build tools ## Run the campaigns (root), each for CHAOSTIME (20m), CHAOSJOBS (1) at once, and rewrite README's table
+	@[ "$$(id -u)" = 0 ] || { echo "make chaos: run it as root: it makes network namespaces" >&2; exit 1; }
+	scripts/chaos.sh $(CHAOSTIME) $(CHAOSJOBS)
+
 lint: ## Run golangci-lint
 	@scripts/golangci-lint.sh $(GOLANGCI) run ./...
 
@@ -70,7 +76,7 @@ fuzz: ## Run every fuzz target for FUZZTIME (30s)
 
 bench: deps build tools ## Run the benchmarks (root) and print one table with ratios
 	@scripts/deps.sh bench
-	$(GO) run ./test/bench
+	$(GO) run ./test/bench --plot test/bench/growth.svg
 
 bench-kernel: deps build tools ## Measure throughput with the kernel's WireGuard (root)
 	@scripts/deps.sh kernel

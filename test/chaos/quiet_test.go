@@ -1,0 +1,94 @@
+package chaos
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/wgcni/wgcni/test/cluster"
+)
+
+// quietClock counts the time in which the machine lets the mesh's processes run: a
+// helper that waits for a CPU, since others have it, is not late.
+type quietClock struct {
+	passed atomic.Int64
+	done   chan struct{}
+}
+
+// startQuietClock starts at 0, with the helpers and tunnels that run now.
+func startQuietClock(b *bed) *quietClock {
+	const tick = 10 * time.Millisecond
+	c := &quietClock{done: make(chan struct{})}
+	var pids []int
+	for _, m := range b.members {
+		found, _ := m.FindProcesses("wgcnid") // without, it is a clock as others are
+		for _, p := range found {
+			pids = append(pids, p.HostPID)
+		}
+	}
+	go func() {
+		waited := waits{}
+		waited.most(pids)
+		for last := time.Now(); ; {
+			select {
+			case <-c.done:
+				return
+			case <-time.After(tick):
+			}
+			now := time.Now()
+			c.passed.Add(int64(max(min(now.Sub(last), 2*tick)-waited.most(pids), 0)))
+			last = now
+		}
+	}()
+	return c
+}
+
+func (c *quietClock) now() time.Duration { return time.Duration(c.passed.Load()) }
+
+func (c *quietClock) stop() { close(c.done) }
+
+// await returns when the first judgement that finds all well began.
+func (c *quietClock) await(ctx context.Context, judge func() error) (time.Duration, error) {
+	for {
+		at := c.now()
+		err := judge()
+		if err == nil {
+			return at, nil
+		}
+		if at > cluster.Patience(patience) || ctx.Err() != nil {
+			return at, err
+		}
+		time.Sleep(5 * time.Millisecond) // as cluster.Poll does
+	}
+}
+
+// waits are how long threads have waited on a run queue, by their schedstat file:
+// its second number, in ns (Documentation/scheduler/sched-stats.rst).
+type waits map[string]int64
+
+// most is the longest that a thread of these processes has waited since it was
+// asked last.
+func (w waits) most(pids []int) (most time.Duration) {
+	for _, pid := range pids {
+		folder := fmt.Sprintf("/proc/%d/task/", pid)
+		threads, _ := os.ReadDir(folder) // a process that has ended waits for nothing
+		for _, t := range threads {
+			file := folder + t.Name() + "/schedstat"
+			text, _ := os.ReadFile(file)
+			words := strings.Fields(string(text))
+			if len(words) != 3 {
+				continue
+			}
+			now, _ := strconv.ParseInt(words[1], 10, 64)
+			if before, known := w[file]; known {
+				most = max(most, time.Duration(now-before))
+			}
+			w[file] = now
+		}
+	}
+	return most
+}
