@@ -1,9 +1,9 @@
 // bench measures what wgcni costs: its verbs beside those of the reference
 // plugins, its verbs as a node fills, how soon another node knows of a pod, what
-// a large mesh takes to hold and to join, and the throughput between pods, and
+// a large mesh takes to hold, to set up and to join, how that grows, and the throughput between pods, and
 // between a pod and a virtual machine. All that is compared runs in turns, since only ratios within one run mean anything.
 //
-//	go run ./test/bench [--short] [--sections verbs,scale,announce,mesh,join,throughput,vm,endpoint] [--markdown]
+//	go run ./test/bench [--short] [--sections verbs,scale,announce,mesh,growth,apply,join,throughput,vm,endpoint] [--markdown] [--plot FILE]
 package main
 
 import (
@@ -34,6 +34,8 @@ var benches = []struct {
 	{"scale", benchScale},
 	{"announce", benchAnnounce},
 	{"mesh", benchMesh},
+	{"growth", benchGrowth},
+	{"apply", benchApply},
 	{"join", benchJoin},
 	{"throughput", benchThroughput},
 	{"vm", benchVM},
@@ -52,6 +54,7 @@ func main() {
 	flag.BoolVar(&b.short, "short", false, "fewer rounds: a few minutes, and less exact")
 	flag.StringVar(&names, "sections", strings.Join(sectionNames(), ","), "what to measure")
 	flag.BoolVar(&asMarkdown, "markdown", false, "print the table for the README")
+	flag.StringVar(&b.plot, "plot", "", "a `file` for the picture of section growth, as SVG")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		exitOn(fmt.Errorf("%q: bench takes flags only", flag.Arg(0)))
@@ -106,7 +109,8 @@ func machine() string {
 // bench is one run.
 type bench struct {
 	short    bool
-	terminal bool // stderr is one
+	plot     string // where to; "" for nowhere
+	terminal bool   // stderr is one
 	started  time.Time
 	told     time.Time // of the last progress
 	errs     []error   // of cleaning up
