@@ -135,6 +135,7 @@ type Loop struct {
 	answers   answers
 	unwatch   context.CancelFunc // ends the watch over the store
 	complete  bool               // attachments.db has all pods, as of the last look at it
+	looks     looks
 }
 
 // Run keeps at it until ctx ends. It then leaves the kernel as it is: traffic
@@ -157,7 +158,7 @@ func (l *Loop) Run(ctx context.Context) error {
 	resolved := make(chan struct{}, 1)
 	l.Resolver.Changed = func() { poke(resolved) }
 	l.publisher = newPublisher(ctx, l.Registry)
-	resync := time.NewTimer(l.untilResync(0))
+	resync := time.NewTimer(l.untilResync())
 	defer resync.Stop()
 	looking, spent := false, time.Duration(0) // at everything
 	look := time.NewTicker(lookInterval)
@@ -219,7 +220,8 @@ func (l *Loop) Run(ctx context.Context) error {
 			_, err := l.pass(ctx)
 			if looking {
 				looking = false
-				resync.Reset(l.untilResync(cpuTime() - spent))
+				l.looks.add(cpuTime() - spent)
+				resync.Reset(l.untilResync())
 			}
 			if errors.Is(err, ErrLeft) {
 				return err

@@ -3,6 +3,7 @@ package reconcile
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,14 +20,33 @@ const (
 	resyncMost  = 10 * time.Second
 	// resyncShare bounds what looking costs to one part in so many of a CPU.
 	resyncShare = 50
+	// manyLooks tell what one costs.
+	manyLooks = 5
 )
 
-// untilResync is the pause after a look at everything that cost so much of a CPU.
-func (l *Loop) untilResync(cost time.Duration) time.Duration {
+// untilResync is the pause until the next look at everything.
+func (l *Loop) untilResync() time.Duration {
 	if l.Resync != 0 {
 		return l.Resync
 	}
-	return min(max(resyncShare*cost, resyncLeast), resyncMost)
+	return min(max(resyncShare*l.looks.cost(), resyncLeast), resyncMost)
+}
+
+// looks are what the last looks at everything have used of a CPU, manyLooks at most.
+type looks []time.Duration
+
+func (l *looks) add(used time.Duration) {
+	*l = append(*l, used)
+	*l = (*l)[max(len(*l)-manyLooks, 0):]
+}
+
+// cost is the least of them: caches that are cold, the garbage collector and other
+// work of the process only add to what a look takes. It is 0 until it can be told.
+func (l looks) cost() time.Duration {
+	if len(l) < manyLooks {
+		return 0
+	}
+	return slices.Min(l)
 }
 
 // cpuTime is what this process has used so far. A machine that is busy with other

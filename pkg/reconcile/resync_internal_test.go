@@ -1,22 +1,35 @@
 package reconcile
 
 import (
+	"slices"
 	"testing"
 	"time"
 )
 
 // A small mesh is looked at often, a large one is not looked at for more than its share.
 func TestUntilResync(t *testing.T) {
-	for _, c := range []struct{ set, cost, want time.Duration }{
-		{0, 0, resyncLeast},
-		{0, 3 * time.Millisecond, resyncLeast},
-		{0, 40 * time.Millisecond, 2 * time.Second},
-		{0, time.Second, resyncMost},
-		{time.Minute, time.Second, time.Minute},
+	const ms = time.Millisecond
+	for _, c := range []struct {
+		set  time.Duration
+		cost looks
+		want time.Duration
+	}{
+		{0, nil, resyncLeast},
+		{0, looks{9 * time.Second}, resyncLeast}, // the first ones read what is not in memory yet
+		{0, looks{3 * ms, 3 * ms, 3 * ms, 3 * ms, 3 * ms}, resyncLeast},
+		{0, looks{40 * ms, 40 * ms, 40 * ms, 40 * ms, 40 * ms}, 2 * time.Second},
+		{0, looks{3 * ms, 900 * ms, 900 * ms, 900 * ms, 900 * ms}, resyncLeast}, // a busy machine
+		{0, looks{3 * ms, 40 * ms, 40 * ms, 40 * ms, 40 * ms, 40 * ms}, 2 * time.Second},
+		{0, looks{40 * ms, 40 * ms, 40 * ms, 40 * ms, 40 * ms, 3 * ms}, resyncLeast}, // the others are gone
+		{0, slices.Repeat(looks{time.Second}, 9), resyncMost},
+		{time.Minute, slices.Repeat(looks{time.Second}, 9), time.Minute},
 	} {
 		l := Loop{Resync: c.set}
-		if got := l.untilResync(c.cost); got != c.want {
-			t.Errorf("Resync %v, a look that cost %v: the next after %v, want %v", c.set, c.cost, got, c.want)
+		for _, used := range c.cost {
+			l.looks.add(used)
+		}
+		if got := l.untilResync(); got != c.want {
+			t.Errorf("Resync %v, looks that used %v: the next after %v, want %v", c.set, c.cost, got, c.want)
 		}
 	}
 	before := cpuTime()

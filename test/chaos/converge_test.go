@@ -73,10 +73,10 @@ func (w *walk) mesh(r *rand.Rand, kind string, end time.Time) {
 			t.Logf("round %d: %s", round, p)
 			if err := w.round(t, b, p); err != nil {
 				w.Bad++
-				t.Errorf("seed %d, round %d of this mesh: %s: %v", w.Seed, round, p, err)
 				for _, m := range b.members {
 					t.Logf("log of %s:\n%s", m.Name, m.helper.Log)
 				}
+				t.Errorf("seed %d, round %d of this mesh: %s: %v", w.Seed, round, p, err)
 				return
 			}
 		}
