@@ -49,7 +49,8 @@ type crossings struct {
 // A crossing is one pair of nodes that changes planes.
 type crossing struct {
 	target, sends mesh.Plane
-	since         time.Time // when the target became this one
+	routed        mesh.Plane // what sends was as of the last pass that succeeded
+	since         time.Time  // when the target became this one
 	looks         int
 	arrived       int  // looks in which the other was seen at the target only
 	home          bool // on the primary plane, both: there is no second tunnel
@@ -89,7 +90,7 @@ func newCrossings(stage mesh.Stage, observed map[string]mesh.Plane, now time.Tim
 }
 
 func newCrossing(target, sends mesh.Plane) *crossing {
-	return &crossing{target: target, sends: sends, ears: map[mesh.Plane]*planeEar{}}
+	return &crossing{target: target, sends: sends, routed: sends, ears: map[mesh.Plane]*planeEar{}}
 }
 
 // enter notes the node's own stage.
@@ -114,6 +115,13 @@ func (c *crossings) planes() map[string]mesh.Plane {
 		}
 	}
 	return out
+}
+
+// carriedOut notes that the kernel has the planes of the last look.
+func (c *crossings) carriedOut() {
+	for _, x := range c.pairs {
+		x.routed = x.sends
+	}
 }
 
 // waving are the pairs that have to show now by which plane this node sends.
@@ -222,7 +230,7 @@ func (x *crossing) carries(n neighbour, p mesh.Plane, now time.Time) bool {
 
 // done reports whether both sides send by the target.
 func (x *crossing) done(n neighbour) bool {
-	return x.sends == x.target && (x.arrived >= arrivals || !n.talks)
+	return x.sends == x.target && x.routed == x.target && (x.arrived >= arrivals || !n.talks)
 }
 
 // waitsFor says why a stage of this node cannot end yet, as far as that node goes; ""

@@ -75,14 +75,15 @@ func (r Rotation) cross(n *mesh.Node, p Pass) bool {
 	return true
 }
 
-// crossed takes note of a pass that has succeeded. The first of a run leaves the
-// pairs as the kernel has them.
+// crossed takes note of a pass that has succeeded, with the planes of the last look.
+// The first of a run leaves the pairs as the kernel has them.
 func (l *Loop) crossed(o Outcome, now time.Time) {
 	if l.rekeyed || o.Observed.Link.PublicKey != l.Keys.Current {
 		l.rekeyedAt = now
 	}
 	l.rekeyed = false
 	if l.crossings != nil {
+		l.crossings.carriedOut()
 		return
 	}
 	var planes map[string]mesh.Plane
