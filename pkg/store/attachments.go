@@ -133,7 +133,7 @@ func (a *Attachments) Get(containerID, ifname string) (at Attachment, ok bool, e
 // Put adds an attachment, or replaces the one of the same container and interface.
 func (a *Attachments) Put(at Attachment) error {
 	return a.guarded(func() error {
-		return a.db.Update(func(tx *bolt.Tx) (err error) {
+		return a.update(func(tx *bolt.Tx) (err error) {
 			b := tx.Bucket(attachmentsBucket)
 			if at.Sequence, err = b.NextSequence(); err != nil {
 				return err
@@ -151,7 +151,7 @@ func (a *Attachments) Put(at Attachment) error {
 // same sandbox, and leaves all else of them as it is.
 func (a *Attachments) SetMTU(changed ...Attachment) error {
 	return a.guarded(func() error {
-		return a.db.Update(func(tx *bolt.Tx) error {
+		return a.update(func(tx *bolt.Tx) error {
 			b := tx.Bucket(attachmentsBucket)
 			for _, at := range changed {
 				k := attachmentKey(at.ContainerID, at.IfName)
@@ -179,7 +179,7 @@ func (a *Attachments) SetMTU(changed ...Attachment) error {
 // Delete removes attachments; those that are not there are no error.
 func (a *Attachments) Delete(gone ...Attachment) error {
 	return a.guarded(func() error {
-		return a.db.Update(func(tx *bolt.Tx) error {
+		return a.update(func(tx *bolt.Tx) error {
 			b := tx.Bucket(attachmentsBucket)
 			for _, at := range gone {
 				if err := b.Delete(attachmentKey(at.ContainerID, at.IfName)); err != nil {
@@ -217,7 +217,7 @@ func (a *Attachments) SetApplied(ap Applied) error {
 		if err != nil {
 			return err
 		}
-		return a.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(appliedKey, v) })
+		return a.update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(appliedKey, v) })
 	})
 }
 
@@ -237,7 +237,7 @@ func (a *Attachments) Complete() (complete bool, err error) {
 // SetComplete says that all pods of this node are in the store.
 func (a *Attachments) SetComplete() error {
 	return a.guarded(func() error {
-		return a.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(completeKey, []byte("true")) })
+		return a.update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(completeKey, []byte("true")) })
 	})
 }
 

@@ -15,6 +15,9 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
+// overflowAt is where a page's header says how many more pages it takes, in 4 bytes.
+const overflowAt = 12
+
 // damages are what becomes of files: power cuts, full disks, other programs.
 // None is found by looking at the first page only.
 var damages = []struct {
@@ -47,6 +50,13 @@ var damages = []struct {
 			for j := i + 16; j < i+256; j++ { // elements; the page's header stays
 				b[j] = 0x7f
 			}
+		}
+		overwrite(t, path, b)
+	}},
+	{"pages that go on for ever", func(t *testing.T, path string) {
+		b := read(t, path)
+		for i := 2 * os.Getpagesize(); i+os.Getpagesize() <= len(b); i += os.Getpagesize() {
+			copy(b[i+overflowAt:], "\xff\xff\xff\xff")
 		}
 		overwrite(t, path, b)
 	}},
@@ -196,6 +206,32 @@ func TestDamagedAppliedIsForgotten(t *testing.T) {
 	}
 }
 
+// One page that goes on for ever costs bbolt minutes where it is written anew, and all
+// memory.
+func TestOnePageGoesOnForEver(t *testing.T) {
+	good := read(t, AttachmentsPath(filled(t)))
+	for at := 2 * os.Getpagesize(); at < len(good); at += os.Getpagesize() {
+		for _, found := range []string{"when opened", "when written"} {
+			t.Run(fmt.Sprintf("page %d, %s", at/os.Getpagesize(), found), func(t *testing.T) {
+				dir, b := t.TempDir(), bytes.Clone(good)
+				copy(b[at+overflowAt:], "\xff\xff\xff\xff")
+				overwrite(t, AttachmentsPath(dir), good)
+				if found == "when opened" {
+					overwrite(t, AttachmentsPath(dir), b)
+				}
+				hold(t, dir, func(a *Attachments) {
+					overwrite(t, AttachmentsPath(dir), b)
+					for i := range 200 { // each page is somebody's
+						if err := a.Put(pod(i)); err != nil && !IsDamage(err) {
+							t.Error(err)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
 // TestRandomDamage overwrites stretches of a good file. Whatever a reader makes
 // of it, it neither dies nor hands out what it cannot have.
 func TestRandomDamage(t *testing.T) {
@@ -223,6 +259,9 @@ func TestRandomDamage(t *testing.T) {
 				if !strings.HasPrefix(a.ContainerID, "container-") {
 					t.Errorf("round %d: %+v", round, a)
 				}
+			}
+			if err := s.Put(pod(round)); err != nil && !IsDamage(err) {
+				t.Errorf("round %d, %d bytes at %d: %v", round, n, at, err)
 			}
 		})
 		aside, _ := filepath.Glob(path + ".damaged-*")

@@ -92,6 +92,9 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 		missing := false
 		err = f.guarded(func() error {
 			return db.View(func(tx *bolt.Tx) error {
+				if err := checkPages(tx); err != nil {
+					return err
+				}
 				for _, name := range l.buckets {
 					switch b := tx.Bucket(name); {
 					case b == nil:
@@ -106,7 +109,7 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 			})
 		})
 		if err == nil && missing {
-			err = db.Update(func(tx *bolt.Tx) error {
+			err = f.update(func(tx *bolt.Tx) error {
 				for _, b := range l.buckets {
 					if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 						return err
@@ -201,7 +204,11 @@ func isDamage(err error) bool {
 
 // guarded runs do on the mapped file. bbolt trusts its pages: a broken one makes
 // it panic, or read beyond the end of the file, which is a fault of its own kind.
+// After that it may keep its own locks, and is asked for nothing more.
 func (f *file) guarded(do func() error) (err error) {
+	if f.broken {
+		return fmt.Errorf("%w: it broke while it was open", errDamage)
+	}
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
@@ -210,6 +217,38 @@ func (f *file) guarded(do func() error) (err error) {
 		}
 	}()
 	return do()
+}
+
+// update is bbolt's, but for pages that something has broken since the file was opened.
+func (f *file) update(do func(*bolt.Tx) error) error {
+	return f.db.Update(func(tx *bolt.Tx) error {
+		if err := do(tx); err != nil {
+			return err
+		}
+		return checkPages(tx)
+	})
+}
+
+// checkPages looks how many pages each page says that it goes on for. bbolt notes every
+// one of them when the page is written anew: of a number of 32 bits it would do so for
+// minutes, with the lock held and until the memory is used up.
+func checkPages(tx *bolt.Tx) error {
+	pages := int(tx.Size() / int64(tx.DB().Info().PageSize))
+	for id := 0; id < pages; {
+		p, err := tx.Page(id)
+		if err != nil {
+			return err
+		}
+		if p.Type == "free" { // and its header may be anything
+			id++
+			continue
+		}
+		if p.OverflowCount >= pages-id {
+			return fmt.Errorf("%w: page %d of %d goes on for %d more", errDamage, id, pages, p.OverflowCount)
+		}
+		id += 1 + p.OverflowCount
+	}
+	return nil
 }
 
 // replace puts an empty store in the place of one whose content makes no sense.

@@ -140,7 +140,7 @@ func (k *KnownFile) Save(ctx context.Context, now Known) error {
 		return err
 	}
 	err = f.guarded(func() error {
-		return f.db.Update(func(tx *bolt.Tx) error {
+		return f.update(func(tx *bolt.Tx) error {
 			if tx.Bucket(nodeBucket).Get(selfKey) == nil { // a new file, perhaps in the place of a damaged one
 				k.held = Known{}
 				changed = now.since(k.held)

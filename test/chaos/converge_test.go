@@ -7,10 +7,13 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/wgcni/wgcni/pkg/identity"
 	"github.com/wgcni/wgcni/test/cluster"
@@ -74,13 +77,37 @@ func (w *walk) mesh(r *rand.Rand, kind string, end time.Time) {
 			if err := w.round(t, b, p); err != nil {
 				w.Bad++
 				for _, m := range b.members {
-					t.Logf("log of %s:\n%s", m.Name, m.helper.Log)
+					t.Logf("log of %s:\n%s", m.Name, m.lastWords())
 				}
 				t.Errorf("seed %d, round %d of this mesh: %s: %v", w.Seed, round, p, err)
 				return
 			}
 		}
 	})
+}
+
+// lastWords ends what runs of wgcnid on a node. It returns the logs, with where each
+// goroutine was.
+func (m *member) lastWords() string {
+	all, _ := m.FindProcesses("wgcnid") // of one that cannot be asked there are the logs
+	for _, p := range all {
+		_ = unix.Kill(p.HostPID, unix.SIGQUIT)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), cluster.Patience(endPatience))
+	defer cancel()
+	_ = cluster.Poll(ctx, "wgcnid to end", func() error {
+		if left, err := m.FindProcesses("wgcnid"); err != nil || len(left) > 0 {
+			return errors.Join(err, fmt.Errorf("%v are left", left))
+		}
+		return nil
+	})
+	text := m.helper.Log.String()
+	logs, _ := filepath.Glob(m.Path("/run/wgcni/tunnel*.log"))
+	for _, path := range logs {
+		log, _ := os.ReadFile(path)
+		text += fmt.Sprintf("%s:\n%s", filepath.Base(path), log)
+	}
+	return text
 }
 
 // possible are the faults that may happen to this mesh.

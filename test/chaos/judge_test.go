@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -21,6 +22,8 @@ import (
 const (
 	table     = 30567 // the default of a stanza's "table"
 	etcdNodes = "/wgcni/nodes/"
+	// lookPatience is for one judgement, in which everything answers at once.
+	lookPatience = 20 * time.Second
 )
 
 // record is as much of a node's record as a judgement needs, read without the
@@ -95,6 +98,8 @@ func (b *bed) judge(ctx context.Context) error {
 	if len(records) != len(b.members) {
 		return fmt.Errorf("the registry has %d nodes of %d", len(records), len(b.members))
 	}
+	ctx, cancel := context.WithTimeout(ctx, cluster.Patience(lookPatience))
+	defer cancel()
 	errs := make([]error, len(b.members))
 	var all sync.WaitGroup
 	for i, m := range b.members {
@@ -153,7 +158,7 @@ type tunnel struct {
 func (m *member) judgeKernel(ctx context.Context, records map[string]record) error {
 	out, err := m.Run(ctx, "sh", "-c", look)
 	if err != nil {
-		return errors.New(strings.TrimSpace(out))
+		return fmt.Errorf("look at the kernel: %w: %s", err, strings.TrimSpace(out))
 	}
 	have, err := parseLook(out)
 	if err != nil {
