@@ -126,11 +126,17 @@ ip address replace `+to6+` dev $U nodad; ip address delete `+from6+` dev $U; `+b
 		{name: "node forgotten", alone: true, begin: forget},
 		{name: "configuration changed", begin: configured(map[string]any{"keepalive": 7})},
 		{name: "listen port changed", begin: configured(map[string]any{"listenPort": 51900})},
-		{name: "configuration gone", begin: scripts(`mv /etc/cni/net.d/`+cluster.ConflistFile+` /etc/cni/kept`, `mv /etc/cni/kept /etc/cni/net.d/`+cluster.ConflistFile)},
-		{name: "configuration garbage", begin: func(ctx context.Context, b *bed, m *member, r *rand.Rand) (func(context.Context) error, error) {
-			return func(context.Context) error { return m.Configure(b.options) }, m.sh(ctx, r, `echo "{" >/etc/cni/net.d/`+cluster.ConflistFile)
-		}},
+		{name: "configuration gone", begin: misconfigured(`rm /etc/cni/net.d/` + cluster.ConflistFile)},
+		{name: "configuration garbage", begin: misconfigured(`echo "{" >/etc/cni/net.d/` + cluster.ConflistFile)},
 		{name: "key rotated", alone: true, begin: rotate},
+	}
+}
+
+// misconfigured has a script take the configuration away for a while. What comes back
+// is the right one, whatever other faults have made of it meanwhile.
+func misconfigured(text string) begin {
+	return func(ctx context.Context, b *bed, m *member, r *rand.Rand) (func(context.Context) error, error) {
+		return func(context.Context) error { return m.Configure(b.options) }, m.sh(ctx, r, text)
 	}
 }
 

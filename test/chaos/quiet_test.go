@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -19,25 +20,27 @@ type quietClock struct {
 	done   chan struct{}
 }
 
-// startQuietClock starts at 0, with the helpers and tunnels that run now.
+// startQuietClock starts at 0, for the helpers and tunnels that run, and those that
+// they start.
 func startQuietClock(b *bed) *quietClock {
-	const tick = 10 * time.Millisecond
+	const (
+		tick  = 10 * time.Millisecond
+		count = 10 // ticks until it looks for processes again
+	)
 	c := &quietClock{done: make(chan struct{})}
-	var pids []int
-	for _, m := range b.members {
-		found, _ := m.FindProcesses("wgcnid") // without, it is a clock as others are
-		for _, p := range found {
-			pids = append(pids, p.HostPID)
-		}
-	}
+	pids := b.pids()
+	waited := waits{}
+	waited.most(pids)
 	go func() {
-		waited := waits{}
-		waited.most(pids)
+		ticks := 0
 		for last := time.Now(); ; {
 			select {
 			case <-c.done:
 				return
 			case <-time.After(tick):
+			}
+			if ticks++; ticks%count == 0 {
+				pids = b.pids()
 			}
 			now := time.Now()
 			c.passed.Add(int64(max(min(now.Sub(last), 2*tick)-waited.most(pids), 0)))
@@ -45,6 +48,19 @@ func startQuietClock(b *bed) *quietClock {
 		}
 	}()
 	return c
+}
+
+// pids are of all helpers and tunnels. Who asks them how they are is not of the mesh.
+func (b *bed) pids() (pids []int) {
+	for _, m := range b.members {
+		found, _ := m.FindProcesses("wgcnid") // without, it is a clock as others are
+		for _, p := range found {
+			if slices.Contains(p.Args, "run") || slices.Contains(p.Args, "tunnel") {
+				pids = append(pids, p.HostPID)
+			}
+		}
+	}
+	return pids
 }
 
 func (c *quietClock) now() time.Duration { return time.Duration(c.passed.Load()) }
@@ -71,7 +87,7 @@ func (c *quietClock) await(ctx context.Context, judge func() error) (time.Durati
 type waits map[string]int64
 
 // most is the longest that a thread of these processes has waited since it was
-// asked last.
+// asked last, or since it began.
 func (w waits) most(pids []int) (most time.Duration) {
 	for _, pid := range pids {
 		folder := fmt.Sprintf("/proc/%d/task/", pid)
@@ -84,9 +100,7 @@ func (w waits) most(pids []int) (most time.Duration) {
 				continue
 			}
 			now, _ := strconv.ParseInt(words[1], 10, 64)
-			if before, known := w[file]; known {
-				most = max(most, time.Duration(now-before))
-			}
+			most = max(most, time.Duration(now-w[file])) // what is new has not waited before
 			w[file] = now
 		}
 	}
