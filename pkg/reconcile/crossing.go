@@ -261,6 +261,8 @@ func (c *crossings) waitsFor(n neighbour, now time.Time) string {
 		return "no handshake on its rotation port yet"
 	case x.sends != target:
 		return "no handshake with the new key yet"
+	case x.routed != target:
+		return "this node's routes to it have not moved yet"
 	}
 	return "it does not send by the new tunnel yet"
 }

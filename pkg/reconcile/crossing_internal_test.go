@@ -244,3 +244,24 @@ func TestCrossingsLoseNothing(t *testing.T) {
 		}
 	}
 }
+
+// What the other side does may be seen before this node's own routes have moved: the
+// new key would be set first.
+func TestARotationWaitsForItsOwnRoutes(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	c := newCrossings(mesh.Out, nil, now)
+	x := newCrossing(mesh.Spare, mesh.Primary)
+	x.sends, x.arrived = mesh.Spare, arrivals
+	c.pairs["b"] = x
+	b := neighbour{name: "b", crosses: true, talks: true}
+	if why := c.waitsFor(b, now); why != "this node's routes to it have not moved yet" {
+		t.Errorf("it waits: %q", why)
+	}
+	if moved, of := c.moved([]neighbour{b}); moved != 0 || of != 1 {
+		t.Errorf("%d of %d moved", moved, of)
+	}
+	c.carriedOut()
+	if why := c.waitsFor(b, now); why != "" {
+		t.Errorf("it still waits: %q", why)
+	}
+}
