@@ -107,7 +107,7 @@ for test in $core $moves; do
 	grep -qx "$test" <<<"$all" || { echo "test.sh: there is no $test any more" >&2; exit 1; }
 done
 start debian core test/e2e e2e "$(names "$core")"
-parts=6
+parts=8
 for ((i = 0; i < parts; i++)); do
 	tests=$(awk -v i=$i -v n=$parts 'NR % n == i' <<<"$all")
 	start linux-7.2 "e2e-$((i + 1))" test/e2e e2e "$(names "$tests")"
