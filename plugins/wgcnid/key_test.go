@@ -362,6 +362,7 @@ func TestKeyRotateCluster(t *testing.T) {
 	out := newLines()
 	finished := make(chan error, 1)
 	go func() {
+		out.await("A rotation is going on already, ordered at ") // one that has ended would not be its own
 		_, err := keys.End(m.config.StateDir, now)
 		out.await("0 of 1 other nodes have a new key; not yet: b; their version rotates no keys: c.\n")
 		b.Revision++
