@@ -88,13 +88,11 @@ func attachmentKey(containerID, ifname string) []byte {
 // All returns every attachment, in the order in which they were put. A store
 // with a value that is no attachment is damaged too, and replaced.
 func (a *Attachments) All() (out []Attachment, err error) {
-	err = a.guarded(func() error {
-		return a.db.View(func(tx *bolt.Tx) error {
-			return tx.Bucket(attachmentsBucket).ForEach(func(k, v []byte) error {
-				at, err := decodeAttachment(k, v)
-				out = append(out, at)
-				return err
-			})
+	err = a.view(func(tx *bolt.Tx) error {
+		return tx.Bucket(attachmentsBucket).ForEach(func(k, v []byte) error {
+			at, err := decodeAttachment(k, v)
+			out = append(out, at)
+			return err
 		})
 	})
 	if errors.Is(err, errDamage) && a.damaged == nil {
@@ -117,92 +115,82 @@ func decodeAttachment(k, v []byte) (at Attachment, err error) {
 // Get returns one attachment, false if there is none. Its cost does not grow with
 // the number of pods.
 func (a *Attachments) Get(containerID, ifname string) (at Attachment, ok bool, err error) {
-	err = a.guarded(func() error {
-		return a.db.View(func(tx *bolt.Tx) (err error) {
-			k := attachmentKey(containerID, ifname)
-			if v := tx.Bucket(attachmentsBucket).Get(k); v != nil {
-				ok = true
-				at, err = decodeAttachment(k, v)
-			}
-			return err
-		})
+	err = a.view(func(tx *bolt.Tx) (err error) {
+		k := attachmentKey(containerID, ifname)
+		if v := tx.Bucket(attachmentsBucket).Get(k); v != nil {
+			ok = true
+			at, err = decodeAttachment(k, v)
+		}
+		return err
 	})
 	return at, ok && err == nil, err
 }
 
 // Put adds an attachment, or replaces the one of the same container and interface.
 func (a *Attachments) Put(at Attachment) error {
-	return a.guarded(func() error {
-		return a.update(func(tx *bolt.Tx) (err error) {
-			b := tx.Bucket(attachmentsBucket)
-			if at.Sequence, err = b.NextSequence(); err != nil {
-				return err
-			}
-			v, err := json.Marshal(at)
-			if err != nil {
-				return err
-			}
-			return b.Put(attachmentKey(at.ContainerID, at.IfName), v)
-		})
+	return a.update(func(tx *bolt.Tx) (err error) {
+		b := tx.Bucket(attachmentsBucket)
+		if at.Sequence, err = b.NextSequence(); err != nil {
+			return err
+		}
+		v, err := json.Marshal(at)
+		if err != nil {
+			return err
+		}
+		return b.Put(attachmentKey(at.ContainerID, at.IfName), v)
 	})
 }
 
 // SetMTU records LinkMTU and TunnelMTU of attachments that are still those of the
 // same sandbox, and leaves all else of them as it is.
 func (a *Attachments) SetMTU(changed ...Attachment) error {
-	return a.guarded(func() error {
-		return a.update(func(tx *bolt.Tx) error {
-			b := tx.Bucket(attachmentsBucket)
-			for _, at := range changed {
-				k := attachmentKey(at.ContainerID, at.IfName)
-				v := b.Get(k)
-				if v == nil {
-					continue
-				}
-				now, err := decodeAttachment(k, v)
-				if err != nil {
-					return err
-				}
-				if now.SandboxID != at.SandboxID {
-					continue
-				}
-				now.LinkMTU, now.TunnelMTU = at.LinkMTU, at.TunnelMTU
-				if err := putJSON(b, k, now); err != nil {
-					return err
-				}
+	return a.update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(attachmentsBucket)
+		for _, at := range changed {
+			k := attachmentKey(at.ContainerID, at.IfName)
+			v := b.Get(k)
+			if v == nil {
+				continue
 			}
-			return nil
-		})
+			now, err := decodeAttachment(k, v)
+			if err != nil {
+				return err
+			}
+			if now.SandboxID != at.SandboxID {
+				continue
+			}
+			now.LinkMTU, now.TunnelMTU = at.LinkMTU, at.TunnelMTU
+			if err := putJSON(b, k, now); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
 // Delete removes attachments; those that are not there are no error.
 func (a *Attachments) Delete(gone ...Attachment) error {
-	return a.guarded(func() error {
-		return a.update(func(tx *bolt.Tx) error {
-			b := tx.Bucket(attachmentsBucket)
-			for _, at := range gone {
-				if err := b.Delete(attachmentKey(at.ContainerID, at.IfName)); err != nil {
-					return err
-				}
+	return a.update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(attachmentsBucket)
+		for _, at := range gone {
+			if err := b.Delete(attachmentKey(at.ContainerID, at.IfName)); err != nil {
+				return err
 			}
-			return nil
-		})
+		}
+		return nil
 	})
 }
 
 // Applied returns the last whole plan of this boot, false if there was none or
 // if it cannot be read: it is then applied once more.
 func (a *Attachments) Applied() (ap Applied, ok bool, err error) {
-	err = a.guarded(func() error {
-		return a.db.View(func(tx *bolt.Tx) error {
-			v := tx.Bucket(metaBucket).Get(appliedKey)
-			if v == nil {
-				return nil
-			}
-			ok = json.Unmarshal(v, &ap) == nil
+	err = a.view(func(tx *bolt.Tx) error {
+		v := tx.Bucket(metaBucket).Get(appliedKey)
+		if v == nil {
 			return nil
-		})
+		}
+		ok = json.Unmarshal(v, &ap) == nil
+		return nil
 	})
 	if err != nil || !ok {
 		return Applied{}, false, err
@@ -212,33 +200,27 @@ func (a *Attachments) Applied() (ap Applied, ok bool, err error) {
 
 // SetApplied records a whole plan that was applied.
 func (a *Attachments) SetApplied(ap Applied) error {
-	return a.guarded(func() error {
-		v, err := json.Marshal(ap)
-		if err != nil {
-			return err
-		}
-		return a.update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(appliedKey, v) })
-	})
+	v, err := json.Marshal(ap)
+	if err != nil {
+		return err
+	}
+	return a.update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(appliedKey, v) })
 }
 
 // Complete reports whether the store is known to hold all pods of this node. One
 // that is new, after a boot or in the place of a damaged one, is not: only the
 // helper can ask the runtime for the others.
 func (a *Attachments) Complete() (complete bool, err error) {
-	err = a.guarded(func() error {
-		return a.db.View(func(tx *bolt.Tx) error {
-			complete = tx.Bucket(metaBucket).Get(completeKey) != nil
-			return nil
-		})
+	err = a.view(func(tx *bolt.Tx) error {
+		complete = tx.Bucket(metaBucket).Get(completeKey) != nil
+		return nil
 	})
 	return complete, err
 }
 
 // SetComplete says that all pods of this node are in the store.
 func (a *Attachments) SetComplete() error {
-	return a.guarded(func() error {
-		return a.update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(completeKey, []byte("true")) })
-	})
+	return a.update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(completeKey, []byte("true")) })
 }
 
 // Addresses are all addresses that some attachment holds, each once. An address

@@ -90,23 +90,21 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 		}
 		f.db = db
 		missing := false
-		err = f.guarded(func() error {
-			return db.View(func(tx *bolt.Tx) error {
-				if err := checkPages(tx); err != nil {
-					return err
-				}
-				for _, name := range l.buckets {
-					switch b := tx.Bucket(name); {
-					case b == nil:
-						missing = true
-					case l.check != nil:
-						if err := b.ForEach(l.check); err != nil {
-							return err
-						}
+		err = f.view(func(tx *bolt.Tx) error {
+			if err := checkPages(tx); err != nil {
+				return err
+			}
+			for _, name := range l.buckets {
+				switch b := tx.Bucket(name); {
+				case b == nil:
+					missing = true
+				case l.check != nil:
+					if err := b.ForEach(l.check); err != nil {
+						return err
 					}
 				}
-				return nil
-			})
+			}
+			return nil
 		})
 		if err == nil && missing {
 			err = f.update(func(tx *bolt.Tx) error {
@@ -219,13 +217,21 @@ func (f *file) guarded(do func() error) (err error) {
 	return do()
 }
 
-// update is bbolt's, but for pages that something has broken since the file was opened.
+// view reads, guarded.
+func (f *file) view(do func(*bolt.Tx) error) error {
+	return f.guarded(func() error { return f.db.View(do) })
+}
+
+// update writes, guarded, but for pages that something has broken since the file was
+// opened.
 func (f *file) update(do func(*bolt.Tx) error) error {
-	return f.db.Update(func(tx *bolt.Tx) error {
-		if err := do(tx); err != nil {
-			return err
-		}
-		return checkPages(tx)
+	return f.guarded(func() error {
+		return f.db.Update(func(tx *bolt.Tx) error {
+			if err := do(tx); err != nil {
+				return err
+			}
+			return checkPages(tx)
+		})
 	})
 }
 

@@ -59,37 +59,35 @@ func LoadKnown(ctx context.Context, stateDir string) (k Known, damaged *Damaged,
 	}
 	defer func() { _ = f.close() }() // nothing was written
 	k = Known{Records: registry.NewSnapshot(), Endpoints: map[string]netip.AddrPort{}}
-	err = f.guarded(func() error {
-		return f.db.View(func(tx *bolt.Tx) error {
-			err := tx.Bucket(recordsBucket).ForEach(func(name, v []byte) error {
-				r, err := registry.Decode(string(name), v)
-				if err == nil { // else a newer version wrote it: fetched anew
-					k.Records.Nodes[r.Name] = &r
-				}
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-			err = tx.Bucket(endpointsBucket).ForEach(func(name, v []byte) error {
-				var e netip.AddrPort
-				if json.Unmarshal(v, &e) == nil {
-					k.Endpoints[string(name)] = e
-				}
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-			node := tx.Bucket(nodeBucket)
-			if v := node.Get(selfKey); v != nil {
-				_ = json.Unmarshal(v, &k.Self) // made anew where it cannot be read
-			}
-			if v := node.Get(mtuKey); v != nil {
-				_ = json.Unmarshal(v, &k.MTU)
+	err = f.view(func(tx *bolt.Tx) error {
+		err := tx.Bucket(recordsBucket).ForEach(func(name, v []byte) error {
+			r, err := registry.Decode(string(name), v)
+			if err == nil { // else a newer version wrote it: fetched anew
+				k.Records.Nodes[r.Name] = &r
 			}
 			return nil
 		})
+		if err != nil {
+			return err
+		}
+		err = tx.Bucket(endpointsBucket).ForEach(func(name, v []byte) error {
+			var e netip.AddrPort
+			if json.Unmarshal(v, &e) == nil {
+				k.Endpoints[string(name)] = e
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		node := tx.Bucket(nodeBucket)
+		if v := node.Get(selfKey); v != nil {
+			_ = json.Unmarshal(v, &k.Self) // made anew where it cannot be read
+		}
+		if v := node.Get(mtuKey); v != nil {
+			_ = json.Unmarshal(v, &k.MTU)
+		}
+		return nil
 	})
 	return k, f.damaged, err
 }
@@ -139,14 +137,12 @@ func (k *KnownFile) Save(ctx context.Context, now Known) error {
 	if err != nil {
 		return err
 	}
-	err = f.guarded(func() error {
-		return f.update(func(tx *bolt.Tx) error {
-			if tx.Bucket(nodeBucket).Get(selfKey) == nil { // a new file, perhaps in the place of a damaged one
-				k.held = Known{}
-				changed = now.since(k.held)
-			}
-			return changed.write(tx, now)
-		})
+	err = f.update(func(tx *bolt.Tx) error {
+		if tx.Bucket(nodeBucket).Get(selfKey) == nil { // a new file, perhaps in the place of a damaged one
+			k.held = Known{}
+			changed = now.since(k.held)
+		}
+		return changed.write(tx, now)
 	})
 	if closing := f.close(); err == nil {
 		err = closing
