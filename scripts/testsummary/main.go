@@ -1,12 +1,14 @@
 // testsummary reads `go test -json` and prints a line a package, the output of
 // what failed, and how many tests ran. Skipped tests are failures: a test that
-// needs something says so by failing.
+// needs something says so by failing. So are those that began and did not end,
+// because their program or their machine did.
 package main
 
 import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -30,7 +32,14 @@ func main() {
 func summarize(in io.Reader, out io.Writer) error {
 	output := map[[2]string]*strings.Builder{}
 	count := map[string]int{}
+	running := map[[2]string]bool{}
 	var failed, skipped []string
+	fail := func(name string, key [2]string) {
+		failed = append(failed, name)
+		if output[key] != nil {
+			fmt.Fprintf(out, "--- %s\n%s", name, output[key])
+		}
+	}
 	for d := json.NewDecoder(in); ; {
 		var e event
 		if err := d.Decode(&e); err == io.EOF {
@@ -45,7 +54,10 @@ func summarize(in io.Reader, out io.Writer) error {
 				output[key] = &strings.Builder{}
 			}
 			output[key].WriteString(e.Output)
+		case "run":
+			running[key] = true
 		case "pass", "fail", "skip":
+			delete(running, key)
 			if e.Test == "" {
 				fmt.Fprintf(out, "%-4s  %6.1fs  %s\n", e.Action, e.Elapsed, e.Package)
 			} else {
@@ -56,12 +68,13 @@ func summarize(in io.Reader, out io.Writer) error {
 				skipped = append(skipped, name)
 			}
 			if e.Action == "fail" {
-				failed = append(failed, name)
-				if output[key] != nil {
-					fmt.Fprintf(out, "--- %s\n%s", name, output[key])
-				}
+				fail(name, key)
 			}
 		}
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(running), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
+		count["fail"]++
+		fail(key[0]+" "+key[1]+" (did not end)", key)
 	}
 	fmt.Fprintf(out, "\n%d passed, %d failed, %d skipped\n", count["pass"], count["fail"], count["skip"])
 	if len(failed)+len(skipped) > 0 {

@@ -55,6 +55,18 @@ pass     1.2s  p
 `, "failed: q, q TestBad\nskipped: ",
 		},
 		{
+			"a test that did not end is a failure",
+			`{"Action":"run","Package":"q","Test":"TestHangs"}
+{"Action":"output","Package":"q","Test":"TestHangs","Output":"panic: test timed out\n"}
+` + passing,
+			`pass     1.2s  p
+--- q TestHangs (did not end)
+panic: test timed out
+
+2 passed, 1 failed, 0 skipped
+`, "failed: q TestHangs (did not end)\nskipped: ",
+		},
+		{
 			"one name in two packages",
 			`{"Action":"output","Package":"q","Test":"TestX","Output":"of q\n"}
 {"Action":"output","Package":"r","Test":"TestX","Output":"of r\n"}

@@ -61,7 +61,10 @@ func (p *Process) Wait(ctx context.Context) error {
 }
 
 // WaitFor waits until the log contains text. It fails early when the program ends.
+// Without a deadline in ctx it gives up after a minute of [Patience].
 func (p *Process) WaitFor(ctx context.Context, text string) error {
+	ctx, end := withDefaultTimeout(ctx, time.Minute)
+	defer end()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() {

@@ -192,7 +192,7 @@ func (m *mtuMesh) tells(t *testing.T, mtu int) {
 // learntMTU sends a datagram that may not be fragmented, and returns the MTU that
 // an ICMP message (or the own link) gave back.
 func learntMTU(ctx context.Context, from cluster.Endpointer, to netip.Addr, payload int) (mtu int, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, cluster.Patience(3*time.Second))
 	defer cancel()
 	conn, err := cluster.Dial(ctx, from, "udp", netip.AddrPortFrom(to, echoPort))
 	if err != nil {

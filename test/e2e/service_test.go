@@ -201,7 +201,7 @@ func TestServicesLeakNothing(t *testing.T) {
 	m.proxy(t, "nftables", true)
 	stopHelper(t, m.helpers[0]) // it would mend it
 	for _, v6 := range []bool{false, true} {
-		if err := callWithin(t, m.cases(v6)[1], cluster.UDP, 3*time.Second); err != nil {
+		if err := callWithin(t, m.cases(v6)[1], cluster.UDP, cluster.Patience(3*time.Second)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -260,7 +260,7 @@ func callAll(t *testing.T, cases []serviceCase, secret, open []byte) {
 			payload = open
 		}
 		for name, probe := range map[string]probe{"TCP": cluster.TCP, "UDP": cluster.UDP} {
-			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), cluster.Patience(3*time.Second))
 			seen, err := probe(ctx, c.from, c.to, payload)
 			cancel()
 			switch {

@@ -134,9 +134,10 @@ type netCall struct {
 }
 
 type netReply struct {
-	Result json.RawMessage
-	Error  string
-	Code   uint
+	Result  json.RawMessage
+	Error   string
+	Code    uint
+	Warning string // what the plugins wrote to stderr
 }
 
 // init comes before TestMain, which is another file's.
@@ -160,8 +161,6 @@ func beRuntime() error {
 	if err != nil {
 		return err
 	}
-	// Without an exec of ours libcni makes one at the first call, of which there are many at once.
-	cni := libcni.NewCNIConfig([]string{os.Getenv("CNI_PATH")}, &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}})
 	replies := make([]netReply, len(j.Calls))
 	slots := make(chan struct{}, max(j.Parallel, 1))
 	var running sync.WaitGroup
@@ -169,16 +168,19 @@ func beRuntime() error {
 		slots <- struct{}{}
 		running.Go(func() {
 			defer func() { <-slots }()
-			replies[i] = one(cni, list, c)
+			replies[i] = one(list, c)
 		})
 	}
 	running.Wait()
 	return json.NewEncoder(os.Stdout).Encode(replies)
 }
 
-func one(cni *libcni.CNIConfig, list *libcni.NetworkConfigList, c netCall) (r netReply) {
+func one(list *libcni.NetworkConfigList, c netCall) (r netReply) {
 	ctx, cancel := context.WithTimeout(context.Background(), cluster.Patience(time.Minute))
 	defer cancel()
+	var stderr bytes.Buffer
+	cni := libcni.NewCNIConfig([]string{os.Getenv("CNI_PATH")}, &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: &stderr}})
+	defer func() { r.Warning = stderr.String() }()
 	rt := &libcni.RuntimeConf{ContainerID: c.Container, NetNS: c.Netns, IfName: c.IfName, Args: c.Args}
 	var err error
 	switch c.Verb {
