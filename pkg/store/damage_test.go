@@ -3,6 +3,8 @@ package store
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -92,15 +94,19 @@ func overwrite(t *testing.T, path string, b []byte) {
 
 func putRaw(t *testing.T, path, key, value string) {
 	t.Helper()
+	inDB(t, path, func(tx *bolt.Tx) error {
+		return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return b.Put([]byte(key), []byte(value)) })
+	})
+}
+
+func inDB(t *testing.T, path string, do func(*bolt.Tx) error) {
+	t.Helper()
 	db, err := bolt.Open(path, 0o600, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	err = db.Update(func(tx *bolt.Tx) error {
-		return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return b.Put([]byte(key), []byte(value)) })
-	})
-	if err != nil {
+	if err := db.Update(do); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -229,6 +235,98 @@ func TestOnePageGoesOnForEver(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// A page that leads back, to itself or to one above it, would be followed for ever.
+// The store of more than a few pods has a page that leads to others, that of
+// thousands has levels of them.
+func TestPagesLeadBack(t *testing.T) {
+	path := AttachmentsPath(filled(t))
+	inDB(t, path, func(tx *bolt.Tx) error {
+		for i := range 3000 {
+			at := pod(i)
+			value, err := json.Marshal(at)
+			if err == nil {
+				err = tx.Bucket(attachmentsBucket).Put(attachmentKey(at.ContainerID, at.IfName), value)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	good := read(t, path)
+	var branches []int
+	inDB(t, path, func(tx *bolt.Tx) error {
+		for id := 0; ; id++ {
+			p, err := tx.Page(id)
+			if p == nil || err != nil {
+				return err
+			}
+			if p.Type == "branch" {
+				branches = append(branches, id)
+			}
+		}
+	})
+	if len(branches) < 3 {
+		t.Fatalf("pages that lead to others: %v", branches)
+	}
+	for _, from := range branches {
+		for _, to := range branches {
+			b := bytes.Clone(good)
+			binary.NativeEndian.PutUint64(b[from*os.Getpagesize()+pageHeader+branchChild:], uint64(to))
+			if bytes.Equal(b, good) {
+				continue
+			}
+			t.Run(fmt.Sprintf("%d to %d", from, to), func(t *testing.T) {
+				dir := t.TempDir()
+				overwrite(t, AttachmentsPath(dir), b)
+				checkReplaced(t, dir, b)
+			})
+		}
+	}
+}
+
+// A store that grows to levels of pages and shrinks again, by several openings, is
+// never taken for a damaged one.
+func TestGrowthIsNoDamage(t *testing.T) {
+	dir := t.TempDir()
+	const most = 2000
+	var pods []Attachment
+	for i := range most {
+		at := pod(i)
+		at.Sandbox = strings.Repeat("/netns", 40) // few to a page
+		pods = append(pods, at)
+	}
+	r := rand.New(rand.NewPCG(3, 4))
+	for _, live := range []int{most, most / 2, most, 10, most / 4, 0, 300} {
+		with(t, dir, func(s *Attachments) {
+			r.Shuffle(most, func(i, j int) { pods[i], pods[j] = pods[j], pods[i] })
+			for _, at := range pods[:min(live, 200)] {
+				if err := s.Put(at); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.update(func(tx *bolt.Tx) error {
+				for _, at := range pods[:live] {
+					if err := putJSON(tx.Bucket(attachmentsBucket), attachmentKey(at.ContainerID, at.IfName), at); err != nil {
+						return err
+					}
+				}
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Delete(pods[live:]...); err != nil {
+				t.Fatal(err)
+			}
+		})
+		with(t, dir, func(s *Attachments) {
+			if all, err := s.All(); err != nil || len(all) != live || s.Damaged() != nil {
+				t.Fatalf("%d attachments, want %d; %v, %v", len(all), live, err, s.Damaged())
+			}
+		})
 	}
 }
 

@@ -91,7 +91,7 @@ func (f *file) openDB(ctx context.Context, l layout) error {
 		f.db = db
 		missing := false
 		err = f.view(func(tx *bolt.Tx) error {
-			if err := checkPages(tx); err != nil {
+			if err := f.checkPages(tx); err != nil {
 				return err
 			}
 			for _, name := range l.buckets {
@@ -227,34 +227,12 @@ func (f *file) view(do func(*bolt.Tx) error) error {
 func (f *file) update(do func(*bolt.Tx) error) error {
 	return f.guarded(func() error {
 		return f.db.Update(func(tx *bolt.Tx) error {
-			if err := do(tx); err != nil {
+			if err := f.checkPages(tx); err != nil {
 				return err
 			}
-			return checkPages(tx)
+			return do(tx)
 		})
 	})
-}
-
-// checkPages looks how many pages each page says that it goes on for. bbolt notes every
-// one of them when the page is written anew: of a number of 32 bits it would do so for
-// minutes, with the lock held and until the memory is used up.
-func checkPages(tx *bolt.Tx) error {
-	pages := int(tx.Size() / int64(tx.DB().Info().PageSize))
-	for id := 0; id < pages; {
-		p, err := tx.Page(id)
-		if err != nil {
-			return err
-		}
-		if p.Type == "free" { // and its header may be anything
-			id++
-			continue
-		}
-		if p.OverflowCount >= pages-id {
-			return fmt.Errorf("%w: page %d of %d goes on for %d more", errDamage, id, pages, p.OverflowCount)
-		}
-		id += 1 + p.OverflowCount
-	}
-	return nil
 }
 
 // replace puts an empty store in the place of one whose content makes no sense.
