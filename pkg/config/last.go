@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,18 +20,27 @@ const LastFile = "last.conflist"
 // No runtime takes a file of that name for a network configuration.
 const stateFile = ".wgcni-state"
 
-// LoadLast is Load without a path; where no configuration chains wgcni any more
-// it reads the last one that did.
+// LoadLast is Load without a path; where no configuration chains wgcni any more, or
+// only another network's, it reads the last one that did.
 func LoadLast(dir string) (Config, error) {
 	c, err := Load("", dir)
-	if !errors.Is(err, ErrNotChained) {
+	if err == nil && c.PassedOver == "" || err != nil && !errors.Is(err, ErrNotChained) {
 		return c, err
 	}
 	last, lastErr := Load(filepath.Join(StateDir(dir), LastFile), dir)
-	if lastErr != nil {
+	if lastErr != nil || err == nil && c.InPlaceOf(last) == nil {
 		return c, err
 	}
 	return last, nil
+}
+
+// InPlaceOf is an error where c was found only because the conflist that last was read
+// from is damaged: this node's pods would be lost to the others for as long.
+func (c Config) InPlaceOf(last Config) error {
+	if c.PassedOver == "" || c.Name == last.Name {
+		return nil
+	}
+	return fmt.Errorf("%s is not valid JSON, and the next conflist is of another network, %s", c.PassedOver, c.Name)
 }
 
 // StateDir is the state folder that goes with a folder of network configurations,

@@ -169,28 +169,6 @@ func TestLoopFollowsConfiguration(t *testing.T) {
 	n.holds("nft set local 10.244.1.0/24", "ip address 10.244.1.0/32 dev wgcni0")
 }
 
-// While the conflist of the node's network is damaged, the next one by name, of another
-// network, does not take its place: the others would lose the way to this node's pods.
-func TestDamagedConflistIsNotTheNextOne(t *testing.T) {
-	n := newNode(t)
-	n.resync = shortResync
-	n.joins()
-	own := n.config
-	n.configure(func(c *config.Config) {
-		c.Name, c.PodCIDRs, c.PassedOver = "others", nil, "/etc/cni/net.d/10-pods.conflist"
-	})
-	eventually(t, "a warning", func() bool { return n.log.count("configuration cannot be read") > 0 })
-	n.quiet()
-	if got := n.log.count("configuration cannot be read"); got != 1 {
-		t.Errorf("warned %d times", got)
-	}
-	if r, _ := n.registry.own(); len(r.Prefixes) != 1 {
-		t.Errorf("announces %v, want %v", r.Prefixes, own.PodCIDRs)
-	}
-	n.configure(func(c *config.Config) { *c = own; c.PodCIDRs = prefixes("10.244.1.0/25") })
-	n.announced("what it says when it is mended", func(r registry.Record) bool { return r.Prefixes[0].Prefix.Bits() == 25 })
-}
-
 func TestLoopResolvesNames(t *testing.T) {
 	named := record("b")
 	named.Endpoints = []string{"b.example.org:51820"}

@@ -2,13 +2,11 @@ package reconcile
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/wgcni/wgcni/pkg/config"
 	"github.com/wgcni/wgcni/pkg/identity"
 )
 
@@ -62,7 +60,7 @@ func cpuTime() time.Duration {
 // resync looks at everything anew.
 func (l *Loop) resync(ctx context.Context) {
 	l.observed = nil
-	if c, err := l.reload(); err == nil {
+	if c, err := l.Load(); err == nil {
 		c.RunDir, c.StateDir = l.config.RunDir, l.config.StateDir // they need a restart
 		l.config, l.configError = c, ""
 	} else if l.configError != err.Error() { // else it would be said at every resync
@@ -79,17 +77,6 @@ func (l *Loop) resync(ctx context.Context) {
 	}
 	l.lookBelow()
 	l.sweep(ctx)
-}
-
-// reload reads the configuration anew. Where the conflist of this network is damaged,
-// that of another one is not taken in its place: this node's pods would be lost to the
-// others for as long.
-func (l *Loop) reload() (config.Config, error) {
-	c, err := l.Load()
-	if err == nil && c.PassedOver != "" && c.Name != l.config.Name {
-		err = fmt.Errorf("%s is not valid JSON, and the next conflist is of another network, %s", c.PassedOver, c.Name)
-	}
-	return c, err
 }
 
 // readSecrets reads the cluster's secrets, and where they or what they are good

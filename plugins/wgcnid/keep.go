@@ -48,7 +48,8 @@ func installed() bool {
 }
 
 // awaitEntry is loadInstalled for the helper's start. After a boot, the entry may be
-// lost before there is anybody to put it back. The end of ctx is no error.
+// lost before there is anybody to put it back, or its conflist damaged, and then the
+// last configuration goes on. The end of ctx is no error.
 func (o options) awaitEntry(ctx context.Context, log *slog.Logger) (config.Config, error) {
 	lost := func(err error) bool {
 		return o.configFile == "" && errors.Is(err, config.ErrNotChained) && installed()
@@ -57,6 +58,9 @@ func (o options) awaitEntry(ctx context.Context, log *slog.Logger) (config.Confi
 		install.Repair(config.DefaultStateDir, o.cniDir, log)
 	}
 	c, err := o.loadInstalled()
+	if err == nil && c.PassedOver != "" {
+		return config.LoadLast(o.cniDir)
+	}
 	if !lost(err) {
 		return c, err
 	}

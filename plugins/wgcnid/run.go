@@ -89,7 +89,7 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 	}
 	loop.Lock = lock
 	defer func() { loop.Lock.Close() }() // it may be another by then
-	loop.Load = keepLast(o.loadInstalled, c.StateDir, log)
+	loop.Load = keepLast(o.loadInstalled, c, log)
 	if o.configFile == "" {
 		if err := config.KeepStateDir(o.cniDir, c.StateDir); err != nil {
 			log.Warn("cannot note where \"stateDir\" is; once the entry is taken out, `wgcnid leave` will need --config", "error", err)
@@ -118,16 +118,21 @@ func run(ctx context.Context, o options, listen string, log *slog.Logger) error 
 // keepLast is load, and keeps a copy of what was loaded: once the entry is out of
 // the conflist, `wgcnid leave` goes by it. A configuration that changes under a
 // running helper counts, too: without the secret that it was given, for one, this
-// node's farewell would be believed by nobody.
-func keepLast(load func() (config.Config, error), stateDir string, log *slog.Logger) func() (config.Config, error) {
-	var last []byte
+// node's farewell would be believed by nobody. Another network's does not take the
+// place of the one that the helper runs by.
+func keepLast(load func() (config.Config, error), running config.Config, log *slog.Logger) func() (config.Config, error) {
+	var kept []byte
+	path := filepath.Join(running.StateDir, config.LastFile)
 	return func() (config.Config, error) {
 		c, err := load()
-		if err != nil || bytes.Equal(c.Source, last) {
+		if err == nil {
+			err = c.InPlaceOf(running)
+		}
+		if err != nil || bytes.Equal(c.Source, kept) {
 			return c, err
 		}
-		last = c.Source // a copy that fails is not tried again until there is another
-		if err := durable.Replace(filepath.Join(stateDir, config.LastFile), c.Source, 0o600); err != nil {
+		running, kept = c, c.Source // a copy that fails is not tried again until there is another
+		if err := durable.Replace(path, c.Source, 0o600); err != nil {
 			log.Warn("cannot keep a copy of the configuration; `wgcnid leave` will need --config", "error", err)
 		}
 		return c, nil
