@@ -322,6 +322,10 @@ var slowness = func() time.Duration {
 // Patience is how long to wait here for what takes d at most on a computer.
 func Patience(d time.Duration) time.Duration { return d * slowness }
 
+// Fewer is how many of n there is time for here, where they take longer than on a
+// computer: at least one.
+func Fewer(n int) int { return max(1, n/int(slowness)) }
+
 func withDefaultTimeout(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
 		return context.WithCancel(ctx)

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -15,7 +14,7 @@ import (
 	"github.com/wgcni/wgcni/test/cluster"
 )
 
-// TestManyAtOnce: 150 ADDs and 100 DELs through libcni, up to 16 at a time, with
+// TestManyAtOnce: 150 ADDs and 350 DELs through libcni, up to 16 at a time, with
 // the helper at work beside them. Then the store, the kernel and IPAM agree. A
 // runtime deletes the network namespace after a DEL; where a machine is too slow
 // for a DEL's one second, it says so, and the helper forgets the pod then.
@@ -23,7 +22,7 @@ func TestManyAtOnce(t *testing.T) {
 	c := configured(t, 1, cluster.NetworkOptions{})
 	n := c.Nodes[0]
 	helperUp(t, n)
-	const half, parallel = 50, 16
+	half, parallel := cluster.Fewer(50), 16
 	var names []string
 	for i := range 3 * half {
 		names = append(names, fmt.Sprintf("p%03d", i))
@@ -45,16 +44,16 @@ func TestManyAtOnce(t *testing.T) {
 		}
 		return replies
 	}
+	late := map[string]bool{}
 	left := func(replies []netReply, calls []netCall) {
 		t.Helper()
-		late := map[string]bool{}
 		for i, r := range replies {
-			if strings.Contains(r.Warning, "left to wgcnid") {
-				t.Logf("%s %s: %s", calls[i].Verb, calls[i].Container, r.Warning)
-				late[calls[i].Container] = true
+			if container := calls[i].Container; strings.Contains(r.Warning, "left to wgcnid") && !late[container] {
+				t.Logf("%s %s: %s", calls[i].Verb, container, r.Warning)
+				late[container] = true
+				removeNetns(t, n, container)
 			}
 		}
-		removeNetns(t, n, slices.Sorted(maps.Keys(late))...)
 		err := cluster.Poll(t.Context(), "the helper to forget what was left to it", func() error {
 			at, err := stored(t.Context(), n)
 			for container := range late {
