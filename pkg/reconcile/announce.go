@@ -103,7 +103,7 @@ func (l *Loop) hearPublished(r publishResult) {
 		l.joined, l.unpublished, l.held = true, "", record.Pods
 		if record.Revision > accepted.Revision {
 			l.known.Records.Nodes[record.Name] = &record
-			l.planner.members.note(record.Name)
+			l.noteChanged(record.Name)
 		}
 		if !l.heard { // else what the registry told meanwhile may be later
 			l.published = &record

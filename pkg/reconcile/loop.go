@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -84,9 +85,10 @@ type Loop struct {
 	config      config.Config
 	trust       registry.Trust
 	pairs       *identity.Pairs
-	known       store.Known // who changes a record of it notes that with planner.members
+	known       store.Known // who changes a record of it says so by noteChanged
 	saved       *store.KnownFile
-	saveFirst   bool // before the next plan is carried out: see save
+	stale       []string // names by which the registry holds an earlier record than is known
+	saveFirst   bool     // before the next plan is carried out: see save
 	planner     planner
 	underlay    kernel.Underlay
 	fadingSince time.Time          // when the underlay began to have fewer addresses than that
@@ -343,9 +345,9 @@ func (l *Loop) hear(u registry.Update) {
 		l.Log.Info("registry can be read again", "registry", l.Registry.String())
 		l.away = nil
 	}
-	changed, stale := l.known.Records.Take(u.Snapshot)
+	changed, stale := l.take(u)
 	l.saveFirst = l.saveFirst || l.planner.members.rekeyed(l.known.Records, changed)
-	l.planner.members.note(changed...)
+	l.noteChanged(changed...)
 	news := l.refusals.hear(l.config.NodeName, u.Snapshot.Invalid, stale, l.Now())
 	for _, r := range news[:min(len(news), manyRefused)] {
 		l.Log.Warn("record refused", "node", r.Node, "kind", r.Kind, "error", r.Reason)
@@ -359,6 +361,28 @@ func (l *Loop) hear(u registry.Update) {
 		// others. Joining again begins anew.
 		l.known.Self = ours
 	}
+}
+
+// take merges what the registry says into what is known. What was stale is looked at
+// again: it goes on to be refused.
+func (l *Loop) take(u registry.Update) (changed []string, stale []registry.Stale) {
+	names := slices.Concat(u.Changed, l.stale)
+	if len(u.Changed) == 0 {
+		names = slices.Collect(maps.Keys(u.Snapshot.Nodes))
+	}
+	slices.Sort(names)
+	changed, stale = l.known.Records.Take(u.Snapshot, slices.Compact(names))
+	l.stale = l.stale[:0]
+	for _, s := range stale {
+		l.stale = append(l.stale, s.Name)
+	}
+	return changed, stale
+}
+
+// noteChanged says that known has other records of these names than before.
+func (l *Loop) noteChanged(names ...string) {
+	l.planner.members.note(names...)
+	l.saved.Note(names...)
 }
 
 // pass makes the kernel, the disk and the registry agree with what is known.
@@ -449,10 +473,11 @@ func (l *Loop) describeSelf(now time.Time) {
 }
 
 func (l *Loop) resolveEndpoints(ctx context.Context, now time.Time) {
-	l.planner.members.resolve(ctx, l.Resolver, l.underlay.Addresses, l.known.Endpoints, now, func(r registry.Record) {
+	changed := l.planner.members.resolve(ctx, l.Resolver, l.underlay.Addresses, l.known.Endpoints, now, func(r registry.Record) {
 		l.setMoved(r.PublicKey)
 		l.setMoved(r.Next)
 	})
+	l.saved.Note(changed...)
 }
 
 // wide reports whether an endpoint of any machine may need an IPv6 header's room.

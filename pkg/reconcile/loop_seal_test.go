@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -119,8 +120,13 @@ func TestSealedMesh(t *testing.T) {
 	eventually(t, "b's later record", func() bool { return n.savedRecord("b").Revision == 20 })
 	n.registry.put(registrytest.Seal(t, two, record("b")))
 	eventually(t, "the replay to be counted", func() bool { return n.report().RefusedTotal[reconcile.KindReplayed] == 1 })
+	n.registry.put(registrytest.Seal(t, two, record("g")))
+	eventually(t, "g's record", func() bool { return n.savedRecord("g").Name == "g" })
 	n.holds(peerB)
 	n.quiet()
+	if !slices.ContainsFunc(n.report().Refused, func(r reconcile.Refusal) bool { return r.Node == "b" && r.Kind == reconcile.KindReplayed }) {
+		t.Errorf("the replay stands no longer once another record has come: %+v", n.report().Refused)
+	}
 	want := map[string]uint64{
 		reconcile.KindReplayed: 1, reconcile.KindUnsealed: 1, reconcile.KindForged: 1, reconcile.KindUnknownSecret: 1, reconcile.KindNewer: 1,
 	}

@@ -158,8 +158,11 @@ func (m *members) survey() {
 }
 
 // resolve finds out where each is reached from a machine with these addresses. It
-// brings endpoints, which are by name, up to date and reports to moved what changes.
-func (m *members) resolve(ctx context.Context, r *Resolver, below []netip.Addr, endpoints map[string]netip.AddrPort, now time.Time, moved func(registry.Record)) {
+// brings endpoints, which are by name, up to date, returns the names of those that have
+// changed, and reports to moved the records of those that had another.
+func (m *members) resolve(
+	ctx context.Context, r *Resolver, below []netip.Addr, endpoints map[string]netip.AddrPort, now time.Time, moved func(registry.Record),
+) (changed []string) {
 	all := !slices.Equal(m.below, below)
 	m.below = slices.Clone(below)
 	valid := 0
@@ -176,6 +179,7 @@ func (m *members) resolve(ctx context.Context, r *Resolver, below []netip.Addr, 
 			}
 			if e.IsValid() && before != e {
 				endpoints[at.record.Name] = e
+				changed = append(changed, at.record.Name)
 			}
 			if at.unresolved = false; at.endpoint != e {
 				at.endpoint, at.node, m.nodes = e, nil, nil
@@ -186,14 +190,16 @@ func (m *members) resolve(ctx context.Context, r *Resolver, below []netip.Addr, 
 		}
 	}
 	if valid == len(endpoints) {
-		return
+		return changed
 	}
 	for name := range endpoints { // of machines that are gone, or have none any more
 		i, known := slices.BinarySearchFunc(m.list, name, compareMember)
 		if !known || !m.list[i].other || !m.list[i].endpoint.IsValid() {
 			delete(endpoints, name)
+			changed = append(changed, name)
 		}
 	}
+	return changed
 }
 
 // asNodes are those that Facts has, sorted by name. Those that have not changed are

@@ -1,6 +1,8 @@
 package reconcile
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -39,6 +41,8 @@ func TestMembersFollowChanges(t *testing.T) {
 	}
 	known := registry.NewSnapshot()
 	var m members
+	resolver := Resolver{Changed: func() {}, Lookup: func(context.Context, string, string) ([]netip.Addr, error) { return nil, errors.New("no such host") }}
+	endpoints := map[string]netip.AddrPort{}
 	for revision := range uint64(2000) {
 		switch names := slices.Sorted(maps.Keys(known.Nodes)); {
 		case rng.IntN(20) == 0 && len(names) > 0: // no longer trusted
@@ -52,7 +56,7 @@ func TestMembersFollowChanges(t *testing.T) {
 				fresh.Nodes[r.Name] = r
 			}
 			before := maps.Clone(known.Nodes)
-			changed, _ := known.Take(fresh)
+			changed, _ := known.Take(fresh, slices.Collect(maps.Keys(fresh.Nodes)))
 			var want []string
 			for name, r := range known.Nodes {
 				if before[name] != r {
@@ -70,10 +74,17 @@ func TestMembersFollowChanges(t *testing.T) {
 			}
 		}
 		m.read(known, self)
+		before := maps.Clone(endpoints)
+		below := []netip.Addr{{}, netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("2001:db8::9")}[rng.IntN(3):][:1]
+		changed := m.resolve(t.Context(), &resolver, below, endpoints, time.Unix(0, 0), func(registry.Record) {})
+		want := registry.Differing(before, endpoints, func(a, b netip.AddrPort) bool { return a == b })
+		if slices.Sort(changed); !slices.Equal(changed, slices.Sorted(slices.Values(want))) {
+			t.Fatalf("told of the endpoints of %v, want %v", changed, want)
+		}
 		var anew members
 		anew.read(known, self)
 		if !slices.EqualFunc(m.list, anew.list, func(a, b member) bool {
-			a.node, a.endpoint = nil, netip.AddrPort{}
+			a.node, a.endpoint, a.unresolved = nil, netip.AddrPort{}, true
 			return a == b
 		}) {
 			t.Fatalf("members are %+v, want %+v", m.list, anew.list)

@@ -60,6 +60,7 @@ func cpuTime() time.Duration {
 // resync looks at everything anew.
 func (l *Loop) resync(ctx context.Context) {
 	l.observed = nil
+	l.saved.NoteAll()
 	if c, err := l.Load(); err == nil {
 		c.RunDir, c.StateDir = l.config.RunDir, l.config.StateDir // they need a restart
 		l.config, l.configError = c, ""
@@ -94,7 +95,7 @@ func (l *Loop) readSecrets() error {
 	for name, r := range l.known.Records.Nodes {
 		if err := trust.Check(*r); err != nil {
 			delete(l.known.Records.Nodes, name)
-			l.planner.members.note(name)
+			l.noteChanged(name)
 			l.Log.Warn("a record that was known is no longer trusted", "error", err)
 		}
 	}

@@ -112,19 +112,23 @@ func (s Snapshot) SameRecords(o Snapshot) bool { return maps.EqualFunc(s.Nodes, 
 // valid one. The stale are sorted by name.
 func Merge(cached, fresh Snapshot) (merged Snapshot, stale []Stale) {
 	merged = Snapshot{Nodes: maps.Clone(cached.Nodes)}
-	_, stale = merged.Take(fresh)
+	_, stale = merged.Take(fresh, slices.Collect(maps.Keys(fresh.Nodes)))
 	return merged, stale
 }
 
-// Take is Merge for a snapshot that nobody else has: s becomes what is merged. The
-// names are those, in no order, whose record in s is another one than before, be it
-// equal; no record is ever lost.
-func (s *Snapshot) Take(fresh Snapshot) (changed []string, stale []Stale) {
+// Take is Merge, of the records of these names, for a snapshot that nobody else has: s
+// becomes what is merged. Those that have changed are those, in no order, whose record
+// in s is another one than before, be it equal; no record is ever lost.
+func (s *Snapshot) Take(fresh Snapshot, names []string) (changed []string, stale []Stale) {
 	s.Invalid = maps.Clone(fresh.Invalid)
 	if len(s.Nodes) == 0 {
 		s.Nodes = make(map[string]*Record, len(fresh.Nodes))
 	}
-	for name, offered := range fresh.Nodes {
+	for _, name := range names {
+		offered, there := fresh.Nodes[name]
+		if !there {
+			continue
+		}
 		if known, ok := s.Nodes[name]; ok {
 			if known == offered {
 				continue

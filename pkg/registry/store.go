@@ -37,5 +37,33 @@ type Entries map[string][]byte
 // Change is either the present Entries or the reason why there are none.
 type Change struct {
 	Entries Entries
+	// Changed are the names by which Entries may differ from those of the last Change
+	// that had any, so that of a mesh of thousands nobody need look at all. If it is
+	// empty all may differ.
+	Changed []string
 	Err     error
+}
+
+// Differing are the names, in no order, that only one of the two has, or both with
+// another value.
+func Differing[V any](before, now map[string]V, equal func(a, b V) bool) (names []string) {
+	both := 0
+	for name, v := range now {
+		was, ok := before[name]
+		if ok {
+			both++
+		}
+		if !ok || !equal(was, v) {
+			names = append(names, name)
+		}
+	}
+	if both == len(before) {
+		return names
+	}
+	for name := range before {
+		if _, ok := now[name]; !ok {
+			names = append(names, name)
+		}
+	}
+	return names
 }

@@ -40,6 +40,7 @@ type file struct {
 	// Damaged is set when this opening had to replace the file.
 	damaged *Damaged
 	broken  bool // bbolt has panicked on it
+	trusted bool // see layout
 }
 
 // open locks and opens a file, making it and its folder where they are missing.
@@ -52,7 +53,7 @@ func open(ctx context.Context, path string, l layout) (*file, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &file{lock: lock, path: path}
+	f := &file{lock: lock, path: path, trusted: l.trusted}
 	err = f.openDB(ctx, l)
 	if isDamage(err) {
 		if f.damaged, err = f.moveAside(err); err == nil {
@@ -132,6 +133,9 @@ type layout struct {
 	// check looks at every value when the file is opened, so that damage shows at
 	// once and not in the middle of a verb. It is nil for a file that was left by us.
 	check func(k, v []byte) error
+	// trusted is for a file whose pages this process has looked at, and has written
+	// since whatever was written: they are not looked at again.
+	trusted bool
 }
 
 // checkEnds touches a value without reading it: an ADD should not take the longer

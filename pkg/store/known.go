@@ -46,14 +46,15 @@ var (
 // KnownPath is the file of a state folder.
 func KnownPath(stateDir string) string { return filepath.Join(stateDir, "peers.db") }
 
-func openKnown(ctx context.Context, stateDir string, check func(k, v []byte) error) (*file, error) {
-	return open(ctx, KnownPath(stateDir), layout{buckets: [][]byte{recordsBucket, endpointsBucket, nodeBucket}, check: check})
+func openKnown(ctx context.Context, stateDir string, l layout) (*file, error) {
+	l.buckets = [][]byte{recordsBucket, endpointsBucket, nodeBucket}
+	return open(ctx, KnownPath(stateDir), l)
 }
 
 // LoadKnown reads what the node knew last. A damaged file yields nothing known,
 // and a *Damaged beside it that tells where the file went.
 func LoadKnown(ctx context.Context, stateDir string) (k Known, damaged *Damaged, err error) {
-	f, err := openKnown(ctx, stateDir, checkJSON)
+	f, err := openKnown(ctx, stateDir, layout{check: checkJSON})
 	if err != nil {
 		return Known{}, nil, err
 	}
@@ -101,19 +102,34 @@ func SaveKnown(ctx context.Context, stateDir string, before, now Known) error {
 // KnownFile writes what is known to its file, one change after another.
 type KnownFile struct {
 	stateDir string
-	held     Known       // what the file holds
-	info     fs.FileInfo // of the file, as it was left; nil: there was none, or it is not known
-	checked  bool        // all of it is as this process has written it
+	held     Known           // what the file holds
+	info     fs.FileInfo     // of the file, as it was left; nil: there was none, or it is not known
+	checked  bool            // all of it is as this process has written it
+	noted    map[string]bool // names of which the next Save may find something else
+	all      bool            // and so it may of any
+	doubtful bool            // its pages are to be looked at before it is written again
 }
 
 // NewKnownFile returns the file of a state folder, which holds this.
 func NewKnownFile(stateDir string, held Known) *KnownFile {
-	k := &KnownFile{stateDir: stateDir, held: held.Clone()}
+	k := &KnownFile{stateDir: stateDir, held: held.Clone(), noted: map[string]bool{}, all: true}
 	if info, err := os.Stat(KnownPath(stateDir)); err == nil {
 		k.info = info
 	}
 	return k
 }
+
+// Note says that what is known by these names may be something else than at the last
+// Save, which looks at no others.
+func (k *KnownFile) Note(names ...string) {
+	for _, name := range names {
+		k.noted[name] = true
+	}
+}
+
+// NoteAll has the next Save look at all, and the next one that writes look at the
+// pages of the file, too.
+func (k *KnownFile) NoteAll() { k.all, k.doubtful = true, true }
 
 // Save makes the file hold what is known now. All of a file is checked that was
 // changed by anybody else, and all is written again: a damaged one is moved aside, and
@@ -122,25 +138,26 @@ func (k *KnownFile) Save(ctx context.Context, now Known) error {
 	info, err := os.Stat(KnownPath(k.stateDir))
 	ours := err == nil && durable.Unchanged(k.info, info)
 	if !ours {
-		k.held = Known{}
+		k.held, k.all = Known{}, true
 	}
-	changed := now.since(k.held)
+	changed := k.changes(now)
 	if changed.empty() {
+		k.settle()
 		return nil
 	}
-	check := checkJSON
+	l := layout{check: checkJSON}
 	if ours && k.checked {
-		check = nil
+		l.check, l.trusted = nil, !k.doubtful
 	}
-	k.info, k.checked = nil, false
-	f, err := openKnown(ctx, k.stateDir, check)
+	k.info, k.checked, k.doubtful = nil, false, false
+	f, err := openKnown(ctx, k.stateDir, l)
 	if err != nil {
 		return err
 	}
 	err = f.update(func(tx *bolt.Tx) error {
 		if tx.Bucket(nodeBucket).Get(selfKey) == nil { // a new file, perhaps in the place of a damaged one
-			k.held = Known{}
-			changed = now.since(k.held)
+			k.held, k.all = Known{}, true
+			changed = k.changes(now)
 		}
 		return changed.write(tx, now)
 	})
@@ -151,11 +168,50 @@ func (k *KnownFile) Save(ctx context.Context, now Known) error {
 		return err
 	}
 	changed.take(&k.held, now)
+	k.settle()
 	left, err := os.Stat(KnownPath(k.stateDir))
 	if err == nil && (info == nil || os.SameFile(info, left)) { // else somebody has put another in its place
 		k.info, k.checked = left, true
 	}
 	return nil
+}
+
+// settle says that the file holds what has been noted.
+func (k *KnownFile) settle() {
+	k.all = false
+	clear(k.noted)
+}
+
+// changes is what the file lacks.
+func (k *KnownFile) changes(now Known) changes {
+	empty := k.held.Records.Nodes == nil // then even a zero value is written
+	c := changes{self: empty || !now.Self.Equal(k.held.Self), mtu: empty || now.MTU != k.held.MTU}
+	// Those that are gone as well, or they would be used again after a reboot.
+	if k.all {
+		c.records = registry.Differing(k.held.Records.Nodes, now.Records.Nodes, sameRecord)
+		c.endpoints = registry.Differing(k.held.Endpoints, now.Endpoints, sameEndpoint)
+		return c
+	}
+	for name := range k.noted {
+		if !sameOf(k.held.Records.Nodes, now.Records.Nodes, name, sameRecord) {
+			c.records = append(c.records, name)
+		}
+		if !sameOf(k.held.Endpoints, now.Endpoints, name, sameEndpoint) {
+			c.endpoints = append(c.endpoints, name)
+		}
+	}
+	return c
+}
+
+func sameRecord(a, b *registry.Record) bool { return a == b || a.Equal(*b) }
+
+func sameEndpoint(a, b netip.AddrPort) bool { return a == b }
+
+// sameOf reports whether two maps have the same of one name.
+func sameOf[V any](before, now map[string]V, name string, equal func(a, b V) bool) bool {
+	was, had := before[name]
+	is, has := now[name]
+	return had == has && (!had || equal(was, is))
 }
 
 // changes are the names of what differs between two Known.
@@ -165,39 +221,6 @@ type changes struct {
 }
 
 func (c changes) empty() bool { return len(c.records)+len(c.endpoints) == 0 && !c.self && !c.mtu }
-
-// since is what has changed since before.
-func (k Known) since(before Known) changes {
-	empty := before.Records.Nodes == nil // then even a zero value is written
-	c := changes{self: empty || !k.Self.Equal(before.Self), mtu: empty || k.MTU != before.MTU}
-	c.records = differing(before.Records.Nodes, k.Records.Nodes, func(a, b *registry.Record) bool { return a == b || a.Equal(*b) })
-	// Those that are gone as well, or they would be used again after a reboot.
-	c.endpoints = differing(before.Endpoints, k.Endpoints, func(a, b netip.AddrPort) bool { return a == b })
-	return c
-}
-
-// differing are the names that only one of the two has, or both with another value.
-func differing[V any](before, now map[string]V, equal func(a, b V) bool) (names []string) {
-	both := 0
-	for name, v := range now {
-		was, ok := before[name]
-		if ok {
-			both++
-		}
-		if !ok || !equal(was, v) {
-			names = append(names, name)
-		}
-	}
-	if both == len(before) {
-		return names
-	}
-	for name := range before {
-		if _, ok := now[name]; !ok {
-			names = append(names, name)
-		}
-	}
-	return names
-}
 
 func (c changes) write(tx *bolt.Tx, now Known) error {
 	for _, name := range c.records {

@@ -243,3 +243,58 @@ func TestSaveOnReplacedFile(t *testing.T) {
 		t.Errorf("%d records are known, want 3; %v", len(got.Records.Nodes), damaged)
 	}
 }
+
+// TestSaveLooksAtWhatWasNoted: of thousands of records those that have been noted are
+// looked at, and all of them where the file is somebody else's, or gone.
+func TestSaveLooksAtWhatWasNoted(t *testing.T) {
+	dir := t.TempDir()
+	now := known()
+	f := NewKnownFile(dir, Known{})
+	keep := func() Known {
+		t.Helper()
+		if err := f.Save(t.Context(), now.Clone()); err != nil {
+			t.Fatal(err)
+		}
+		k, _ := load(t, dir)
+		return k
+	}
+	if got := keep(); !got.Equal(now) {
+		t.Fatalf("at first: %+v, want %+v", got, now)
+	}
+	was := now.Clone()
+	now.Records.Nodes["node-c"] = new(record("node-c", 5))
+	delete(now.Endpoints, "node-b")
+	if got := keep(); !got.Equal(was) {
+		t.Errorf("nothing was noted, and something written: %+v", got)
+	}
+	f.Note("node-c")
+	was.Records.Nodes["node-c"] = now.Records.Nodes["node-c"]
+	if got := keep(); !got.Equal(was) {
+		t.Errorf("with node-c noted: %+v, want %+v", got, was)
+	}
+	f.NoteAll()
+	if got := keep(); !got.Equal(now) {
+		t.Errorf("with all noted: %+v, want %+v", got, now)
+	}
+	f.Note("node-b")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	now.Endpoints["node-b"] = netip.MustParseAddrPort("192.0.2.22:51820")
+	lock, err := lockFile(t.Context(), KnownPath(dir)+".lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Save(ctx, now.Clone()); err == nil {
+		t.Error("saved while another holds the file")
+	}
+	lock.Close()
+	if got := keep(); !got.Equal(now) {
+		t.Errorf("after a Save that failed: %+v, want %+v", got, now)
+	}
+	if err := os.Remove(KnownPath(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if got := keep(); !got.Equal(now) {
+		t.Errorf("after the file was removed: %+v, want %+v", got, now)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -51,28 +52,22 @@ func (s *Store) Watch(ctx context.Context) <-chan registry.Change {
 // deliver hands the last of the states to a reader that may be slow, and none
 // that the reader has.
 func deliver(ctx context.Context, states <-chan registry.Change, out chan<- registry.Change) {
-	var present, delivered registry.Change
-	var send chan<- registry.Change // nil while there is nothing new
-	for begun := false; ; {
+	var latest registry.Latest
+	for {
+		present, news := latest.News()
+		send := out
+		if !news {
+			send = nil
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case present = <-states:
-			if send = out; begun && same(present, delivered) {
-				send = nil
-			}
+		case c := <-states:
+			latest.Put(c)
 		case send <- present:
-			delivered, begun, send = present, true, nil
+			latest.Sent()
 		}
 	}
-}
-
-// same reports whether a reader who has a needs no b.
-func same(a, b registry.Change) bool {
-	if a.Err != nil || b.Err != nil {
-		return a.Err != nil && b.Err != nil && a.Err.Error() == b.Err.Error()
-	}
-	return maps.EqualFunc(a.Entries, b.Entries, bytes.Equal)
 }
 
 // watch is one running Watch. Its fields but the first two are those of follow.
@@ -165,9 +160,10 @@ func (w *watch) tell(ctx context.Context, c registry.Change) {
 // tellItems hands out a map of its own for every state, since readers keep them. To
 // copy one takes a tenth of the time in which one of thousands is made.
 func (w *watch) tellItems(ctx context.Context) {
+	c := registry.Change{Changed: slices.Collect(maps.Keys(w.differ))}
 	switch {
 	case w.entries == nil:
-		w.entries = entriesOf(w.items)
+		w.entries, c.Changed = entriesOf(w.items), nil
 	case len(w.differ) > 0:
 		w.entries = maps.Clone(w.entries)
 		for name := range w.differ {
@@ -179,7 +175,8 @@ func (w *watch) tellItems(ctx context.Context) {
 		}
 	}
 	clear(w.differ)
-	w.tell(ctx, registry.Change{Entries: w.entries})
+	c.Entries = w.entries
+	w.tell(ctx, c)
 }
 
 // probe is a linearizable read of a key that need not exist, within what a node

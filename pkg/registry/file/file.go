@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -180,7 +181,12 @@ func (r *Store) loadAgain(last *reading) (document, fs.FileInfo, error) {
 	data, info, err := r.read(last.buffer)
 	last.buffer = data
 	if errors.Is(err, fs.ErrNotExist) {
-		return document{}, nil, r.absent(begun)
+		if err := r.absent(begun); err != nil {
+			return document{}, nil, err
+		}
+		doc := document{changed: slices.Collect(maps.Keys(last.entries))}
+		last.entries = nil
+		return doc, nil, nil
 	}
 	if err != nil {
 		return document{}, info, err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -71,7 +72,7 @@ func FuzzDocument(f *testing.F) {
 // finds the same as reading it anew.
 func FuzzParseAgain(f *testing.F) {
 	write := func(nodes registry.Entries) []byte {
-		text, err := document{nodes}.encode()
+		text, err := document{nodes: nodes}.encode()
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -105,15 +106,19 @@ func FuzzParseAgain(f *testing.F) {
 		if err != nil {
 			t.Fatalf("compared, but it cannot be parsed: %v", err)
 		}
-		if diff := cmp.Diff(want.nodes, got); diff != "" {
+		if diff := cmp.Diff(want.nodes, got.nodes); diff != "" {
 			t.Errorf("compared (-parsed +compared):\n%s", diff)
+		}
+		differ := registry.Differing(old.nodes, want.nodes, bytes.Equal)
+		if diff := cmp.Diff(slices.Sorted(slices.Values(differ)), slices.Sorted(slices.Values(got.changed))); diff != "" {
+			t.Errorf("changed (-in fact +as told):\n%s", diff)
 		}
 	})
 }
 
 // A change of one record is one that is compared, and shares all others.
 func TestCompareAgain(t *testing.T) {
-	doc := document{registry.Entries{}}
+	doc := document{nodes: registry.Entries{}}
 	for i := range 50 {
 		doc.nodes[fmt.Sprintf("node-%02d", i)] = fmt.Appendf(nil, "{\n      \"revision\": %d\n    }", i)
 	}
@@ -121,17 +126,20 @@ func TestCompareAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	nodes, ok := compareAgain(text, doc.nodes)
+	got, ok := compareAgain(text, doc.nodes)
 	if !ok {
 		t.Fatalf("not compared:\n%s", text)
 	}
-	for name, raw := range nodes {
+	for name, raw := range got.nodes {
 		if same := &raw[0] == &doc.nodes[name][0]; same == (name == "node-20") {
 			t.Errorf("%s is the same bytes: %v", name, same)
 		}
 	}
-	if want, err := parse(text); err != nil || cmp.Diff(want.nodes, nodes) != "" {
-		t.Errorf("error %v; (-parsed +compared):\n%s", err, cmp.Diff(want.nodes, nodes))
+	if want, err := parse(text); err != nil || cmp.Diff(want.nodes, got.nodes) != "" {
+		t.Errorf("error %v; (-parsed +compared):\n%s", err, cmp.Diff(want.nodes, got.nodes))
+	}
+	if !slices.Equal(got.changed, []string{"node-20"}) {
+		t.Errorf("changed %v, want node-20", got.changed)
 	}
 }
 

@@ -1,10 +1,8 @@
 package file
 
 import (
-	"bytes"
 	"context"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -37,9 +35,10 @@ type watch struct {
 	notify  *fsnotify.Watcher // nil without inotify: then only the poll sees changes
 	watched fs.FileInfo       // the folder that notify watches, of several that may be mounted there
 
-	present   registry.Change
-	delivered *registry.Change
+	present registry.Change
+	latest  registry.Latest
 
+	begun   bool        // it has been read
 	info    fs.FileInfo // the file when it was last read; nil if there was none
 	settled bool        // see poll
 	last    reading
@@ -51,8 +50,9 @@ func (w *watch) run(ctx context.Context, out chan<- registry.Change) {
 	w.watchFolder() // before reading, so that no change falls between
 	w.read()
 	for ctx.Err() == nil {
+		present, news := w.latest.News()
 		send := out
-		if w.delivered != nil && same(*w.delivered, w.present) {
+		if !news {
 			send = nil
 		}
 		var events <-chan fsnotify.Event
@@ -62,9 +62,8 @@ func (w *watch) run(ctx context.Context, out chan<- registry.Change) {
 		}
 		select {
 		case <-ctx.Done():
-		case send <- w.present:
-			sent := w.present
-			w.delivered = &sent
+		case send <- present:
+			w.latest.Sent()
 		case event, open := <-events:
 			switch {
 			case !open: // the poll begins another one
@@ -78,14 +77,6 @@ func (w *watch) run(ctx context.Context, out chan<- registry.Change) {
 			w.poll()
 		}
 	}
-}
-
-// same reports whether a reader who has a needs no b.
-func same(a, b registry.Change) bool {
-	if a.Err != nil || b.Err != nil {
-		return a.Err != nil && b.Err != nil && a.Err.Error() == b.Err.Error()
-	}
-	return maps.EqualFunc(a.Entries, b.Entries, bytes.Equal)
 }
 
 func (w *watch) close() {
@@ -144,8 +135,12 @@ func (w *watch) poll() {
 func (w *watch) read() {
 	doc, info, err := w.r.loadAgain(&w.last)
 	w.info, w.settled = info, false
-	w.present = registry.Change{Err: err}
-	if err == nil {
-		w.present.Entries = doc.nodes
+	if err == nil && len(doc.changed) == 0 && w.begun && w.present.Err == nil {
+		return
 	}
+	w.begun, w.present = true, registry.Change{Err: err}
+	if err == nil {
+		w.present.Entries, w.present.Changed = doc.nodes, doc.changed
+	}
+	w.latest.Put(w.present)
 }

@@ -123,17 +123,17 @@ func TestWatchSaysErrorsOnce(t *testing.T) {
 	w := &watch{r: r.store, folder: filepath.Dir(r.store.path)}
 	w.read()
 	defer w.close()
-	healthy := w.present
+	w.latest.Sent()
 	os.Remove(r.store.path)
+	w.poll()
+	if gone, news := w.latest.News(); gone.Err == nil || !news {
+		t.Fatalf("after deletion: %+v, news: %v", gone, news)
+	}
+	w.latest.Sent()
 	for range 3 {
 		w.poll()
-		if w.present.Err == nil || same(healthy, w.present) {
-			t.Fatalf("after deletion: %+v", w.present)
-		}
-		gone := w.present
-		w.poll()
-		if !same(gone, w.present) {
-			t.Errorf("another error: %v, before it %v", w.present.Err, gone.Err)
+		if again, news := w.latest.News(); news {
+			t.Errorf("another error: %v", again.Err)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package registrytest
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -327,6 +328,16 @@ func madeUnknowing(t *testing.T, open func() Registry) {
 	Expect(t, r, left)
 	Publish(t, r, Record("node-a", 7)) // knowing of 6
 	Expect(t, r, Record("node-a", 7))
+}
+
+// Text returns the record as it is stored.
+func Text(t testing.TB, r registry.Record) []byte {
+	t.Helper()
+	text, err := json.Marshal(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }
 
 // Secrets returns a trust with that many fresh secrets.

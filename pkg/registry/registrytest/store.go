@@ -23,6 +23,7 @@ func runStore(t *testing.T, backend Backend) {
 		{"update: declined", updateDeclined},
 		{"update: none is lost", updateRace},
 		{"watch: again after an error is no repetition", watchOnce},
+		{"watch: names what has changed", watchNames},
 	} {
 		t.Run("store "+c.name, func(t *testing.T) { c.test(t, backend(t)) })
 	}
@@ -139,5 +140,53 @@ func watchOnce(t *testing.T, open func() registry.Store) {
 	put(t, s, "node-b", `{"b":1}`)
 	if c := next(); c.Err != nil || len(c.Entries) != 2 {
 		t.Fatalf("after a repetition and a change: %+v", c)
+	}
+}
+
+// A reader who looks only at what is said to have changed has everything.
+func watchNames(t *testing.T, open func() registry.Store) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	s := open()
+	put(t, s, "node-0", `{"a":1}`)
+	changes := open().Watch(ctx)
+	reader, named := registry.Entries{}, 0
+	look := func() (last registry.Entries) {
+		select {
+		case c := <-changes:
+			names := c.Changed
+			if named += len(names); len(names) == 0 {
+				names = registry.Differing(reader, c.Entries, bytes.Equal)
+			}
+			for _, name := range names {
+				if entry, there := c.Entries[name]; there {
+					reader[name] = entry
+				} else {
+					delete(reader, name)
+				}
+			}
+			if c.Err != nil || !maps.EqualFunc(reader, c.Entries, bytes.Equal) {
+				t.Fatalf("told of %v of %v, %v; the reader has %v", c.Changed, c.Entries, c.Err, reader)
+			}
+			return c.Entries
+		case <-time.After(Deadline):
+			t.Fatal("no change was sent")
+			return nil
+		}
+	}
+	look()
+	named = 0
+	const changed = 20
+	for i := range changed {
+		value := fmt.Sprintf(`{"a":%d}`, i)
+		put(t, s, fmt.Sprint("node-", i%5), value)
+		if i%4 > 0 { // the others are told of with the next one
+			continue
+		}
+		for !sameJSON(look()[fmt.Sprint("node-", i%5)], []byte(value)) {
+		}
+	}
+	if named == 0 || named > changed {
+		t.Errorf("%d names were told of %d changes", named, changed)
 	}
 }
