@@ -127,8 +127,8 @@ func (k *Kernel) configureLink(l mesh.Link) error {
 	return err
 }
 
-// ErrPortTaken says that the tunnel has no port to listen on: nothing comes through
-// it until the port is free.
+// ErrPortTaken says that the tunnel has not the port at which others look for it. Until
+// that is free it comes and goes by another one, from which it can call them.
 var ErrPortTaken = errors.New("is taken by another program")
 
 func (k *Kernel) portError(link string, port int, err error) error {
