@@ -155,6 +155,25 @@ func TestProcessStops(t *testing.T) {
 	}
 }
 
+// A program that was stopped can be ended, and is seen to end.
+func TestStoppedProcessEnds(t *testing.T) {
+	m := startTestMachine(t, "a")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for _, sig := range []unix.Signal{unix.SIGKILL, unix.SIGTERM, unix.SIGQUIT} {
+		p, err := m.Start("sleep", "54321")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(p.Signal(ctx, unix.SIGSTOP), p.Signal(ctx, sig)); err != nil {
+			t.Error(err)
+		}
+		if err := p.Wait(ctx); err == nil || ctx.Err() != nil {
+			t.Fatalf("after SIGSTOP and %v it ended with %v", sig, err)
+		}
+	}
+}
+
 func TestKill9StaysInsideTheMachine(t *testing.T) {
 	m, other := startTestMachine(t, "a"), startTestMachine(t, "b")
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -81,7 +82,8 @@ func (p *Process) WaitFor(ctx context.Context, text string) error {
 }
 
 // Signal sends a signal to the program itself, not to the nsenter in front of
-// it, which then ends with the program's exit status.
+// it, which then ends with the program's exit status. One that SIGSTOP has stopped goes
+// on at the next signal.
 func (p *Process) Signal(ctx context.Context, sig unix.Signal) error {
 	var child int
 	err := Poll(ctx, p.name+" to be started by nsenter", func() error {
@@ -103,10 +105,30 @@ func (p *Process) Signal(ctx context.Context, sig unix.Signal) error {
 	if err := unix.Kill(child, sig); err != nil {
 		return fmt.Errorf("send %v to %s: %w", sig, p.name, err)
 	}
-	if sig == unix.SIGCONT { // nsenter has stopped itself with its child, and would never wait for it
-		_ = unix.Kill(p.cmd.Process.Pid, sig)
+	if sig == unix.SIGSTOP {
+		return p.awaitStopped(ctx, child)
 	}
+	// An nsenter that has stopped itself with its child would never wait for it. It has
+	// the child go on, too: one that is stopped does not heed a signal to end.
+	_ = unix.Kill(p.cmd.Process.Pid, unix.SIGCONT)
 	return nil
+}
+
+// awaitStopped waits until the program has stopped, and nsenter itself with it.
+func (p *Process) awaitStopped(ctx context.Context, child int) error {
+	return Poll(ctx, p.name+" to stop", func() error {
+		for _, pid := range []int{child, p.cmd.Process.Pid} {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			if err != nil {
+				return fmt.Errorf("look at %s: %w", p.name, err)
+			}
+			// The name in front is in brackets, and may have some of its own (proc(5)).
+			if state := stat[bytes.LastIndexByte(stat, ')')+1:]; !bytes.HasPrefix(state, []byte(" T")) {
+				return fmt.Errorf("process %d is in state%.2s", pid, state)
+			}
+		}
+		return nil
+	})
 }
 
 // Stop ends the program with SIGTERM and, when ctx ends first, with SIGKILL. It
