@@ -118,17 +118,25 @@ func (p *Process) Signal(ctx context.Context, sig unix.Signal) error {
 func (p *Process) awaitStopped(ctx context.Context, child int) error {
 	return Poll(ctx, p.name+" to stop", func() error {
 		for _, pid := range []int{child, p.cmd.Process.Pid} {
-			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-			if err != nil {
-				return fmt.Errorf("look at %s: %w", p.name, err)
-			}
-			// The name in front is in brackets, and may have some of its own (proc(5)).
-			if state := stat[bytes.LastIndexByte(stat, ')')+1:]; !bytes.HasPrefix(state, []byte(" T")) {
-				return fmt.Errorf("process %d is in state%.2s", pid, state)
+			if state, _, err := ProcessState(pid); err != nil || state != "T" {
+				return errors.Join(err, fmt.Errorf("process %d is in state %q", pid, state))
 			}
 		}
 		return nil
 	})
+}
+
+// ProcessState is a process's state, as ps shows it, and its parent.
+func ProcessState(pid int) (state string, parent int, err error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", 0, fmt.Errorf("look at process %d: %w", pid, err)
+	}
+	// The name in front is in brackets, and may have some of its own (proc(5)).
+	if _, err := fmt.Sscan(string(text[bytes.LastIndexByte(text, ')')+1:]), &state, &parent); err != nil {
+		return "", 0, fmt.Errorf("look at process %d: %w", pid, err)
+	}
+	return state, parent, nil
 }
 
 // Stop ends the program with SIGTERM and, when ctx ends first, with SIGKILL. It

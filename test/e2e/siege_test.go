@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -267,15 +266,11 @@ func pauseHelper(t *testing.T, n *cluster.Node) (resume func()) {
 	}
 }
 
-// processState is a process's state, as ps shows it, and its parent.
+// processState is cluster.ProcessState of a process that must be there.
 func processState(t *testing.T, pid int) (state string, parent int) {
 	t.Helper()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	state, parent, err := cluster.ProcessState(pid)
 	if err != nil {
-		t.Fatal(err)
-	}
-	// The name in front is in brackets, and may have some of its own (proc(5)).
-	if _, err := fmt.Sscan(string(text[bytes.LastIndexByte(text, ')')+1:]), &state, &parent); err != nil {
 		t.Fatal(err)
 	}
 	return state, parent

@@ -35,10 +35,8 @@ type watch struct {
 	notify  *fsnotify.Watcher // nil without inotify: then only the poll sees changes
 	watched fs.FileInfo       // the folder that notify watches, of several that may be mounted there
 
-	present registry.Change
-	latest  registry.Latest
+	latest registry.Latest
 
-	begun   bool        // it has been read
 	info    fs.FileInfo // the file when it was last read; nil if there was none
 	settled bool        // see poll
 	last    reading
@@ -135,12 +133,8 @@ func (w *watch) poll() {
 func (w *watch) read() {
 	doc, info, err := w.r.loadAgain(&w.last)
 	w.info, w.settled = info, false
-	if err == nil && len(doc.changed) == 0 && w.begun && w.present.Err == nil {
+	if last, _ := w.latest.News(); err == nil && last.Err == nil && last.Entries != nil && len(doc.changed) == 0 {
 		return
 	}
-	w.begun, w.present = true, registry.Change{Err: err}
-	if err == nil {
-		w.present.Entries, w.present.Changed = doc.nodes, doc.changed
-	}
-	w.latest.Put(w.present)
+	w.latest.Put(registry.Change{Entries: doc.nodes, Changed: doc.changed, Err: err})
 }

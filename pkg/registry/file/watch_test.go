@@ -213,7 +213,8 @@ func TestPollIsNotDeceived(t *testing.T) {
 		t.Fatalf("the test itself: the file looks different, error %v", err)
 	}
 	w.poll()
-	record, err := registry.Decode("node-a", w.present.Entries["node-a"])
+	present, _ := w.latest.News()
+	record, err := registry.Decode("node-a", present.Entries["node-a"])
 	if err != nil || record.Revision != 2 {
 		t.Errorf("after a poll: %+v, error %v", record, err)
 	}

@@ -143,6 +143,21 @@ func watchOnce(t *testing.T, open func() registry.Store) {
 	}
 }
 
+// Follow takes from a change what it says has changed.
+func Follow(reader registry.Entries, c registry.Change) {
+	names := c.Changed
+	if len(names) == 0 {
+		names = registry.Differing(reader, c.Entries, bytes.Equal)
+	}
+	for _, name := range names {
+		if entry, there := c.Entries[name]; there {
+			reader[name] = entry
+		} else {
+			delete(reader, name)
+		}
+	}
+}
+
 // A reader who looks only at what is said to have changed has everything.
 func watchNames(t *testing.T, open func() registry.Store) {
 	ctx, cancel := context.WithCancel(t.Context())
@@ -154,17 +169,8 @@ func watchNames(t *testing.T, open func() registry.Store) {
 	look := func() (last registry.Entries) {
 		select {
 		case c := <-changes:
-			names := c.Changed
-			if named += len(names); len(names) == 0 {
-				names = registry.Differing(reader, c.Entries, bytes.Equal)
-			}
-			for _, name := range names {
-				if entry, there := c.Entries[name]; there {
-					reader[name] = entry
-				} else {
-					delete(reader, name)
-				}
-			}
+			named += len(c.Changed)
+			Follow(reader, c)
 			if c.Err != nil || !maps.EqualFunc(reader, c.Entries, bytes.Equal) {
 				t.Fatalf("told of %v of %v, %v; the reader has %v", c.Changed, c.Entries, c.Err, reader)
 			}
